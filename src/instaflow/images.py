@@ -1,0 +1,48 @@
+"""Pictures between numpy, torch and PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) → float (N, 3, H, W) in [−1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(pictures: Tensor) -> np.ndarray:
+    """float (N, 3, H, W) in [−1, 1], clipped → uint8 (N, H, W, 3)."""
+    scaled = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(pixels: np.ndarray, columns: int) -> Image.Image:
+    """uint8 (N, H, W, 3) side by side, row by row, on white."""
+    n, height, width, _ = pixels.shape
+    columns = min(columns, n)
+    sheet = Image.new("RGB", (columns * width, -(-n // columns) * height), "white")
+    for i, picture in enumerate(pixels):
+        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
+    """Write a PNG with text chunks, whole or not at all."""
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    image.save(part, format="PNG", pnginfo=info)
+    part.replace(path)
+
+
+def save_grid(pixels: np.ndarray, path: Path, columns: int = 8) -> None:
+    """Write pictures as one PNG grid."""
+    save_png(grid(pixels, columns), path)

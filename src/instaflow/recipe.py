@@ -1,0 +1,256 @@
+"""Recipes: a TOML file says a whole run, as a list of stages. Checked on construction, field by field.
+
+A stage names what it reads (`model`, `pairs`: names of earlier stages, or paths) and how it trains.
+Every field is documented under it. The resolved recipe is dumped beside every run.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import tomli_w
+from msgspec import Meta
+
+from instaflow.errors import RecipeError
+
+Count = Annotated[int, Meta(ge=1)]
+Seed = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Guidance = Annotated[float, Meta(ge=1)]
+Prediction = Literal["epsilon", "v_prediction", "velocity"]
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What every part of a recipe is: frozen, no unknown fields. (msgspec does not inherit kw_only.)"""
+
+
+class Data(Spec, kw_only=True):
+    """Which pictures."""
+
+    source: str = "emoji"
+    """'emoji' (fetched and rasterised), a .parquet file, a folder of pictures with .txt captions, or a hub id."""
+    size: Annotated[int, Meta(ge=16, multiple_of=8)] = 64
+    """Side of the pictures in pixels."""
+    styles: tuple[str, ...] = ()
+    """Keep these styles; empty keeps all."""
+    limit: Annotated[int, Meta(ge=0)] = 0
+    """Keep the first so many training pictures; 0 keeps all."""
+
+
+class Train(Spec, kw_only=True):
+    """How a network is trained: the same fields for every stage."""
+
+    steps: Count
+    """Optimiser steps."""
+    batch_size: Count = 32
+    """Samples a step, over all processes."""
+    lr: Positive = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: Annotated[int, Meta(ge=0)] = 100
+    """Steps of linear warm-up."""
+    lr_decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.01
+    """AdamW's decoupled weight decay."""
+    grad_clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    ema: Fraction = 0.999
+    """Decay of the weight average that is evaluated and saved; warmed up from 0."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Autocast type; weights and optimiser stay fp32."""
+    compile: bool = False
+    """torch.compile the network: faster after a minute of compiling."""
+    checkpoint_minutes: Positive = 3.0
+    """How much work a killed run loses at most."""
+    preview_every: Count = 1000
+    """Steps between sample grids."""
+
+
+class Autoencoder(Spec, kw_only=True, tag="autoencoder", tag_field="kind"):
+    """Pictures ↔ latents: a deep-compression autoencoder (DC-AE, arXiv 2410.10733), factor 8."""
+
+    name: str
+    latent_channels: Count = 16
+    widths: tuple[Count, ...] = (64, 128, 256)
+    """Channels at 1/2, 1/4 and 1/8 of the picture's side; one residual block each."""
+    latent_noise: Annotated[float, Meta(ge=0)] = 0.1
+    """Noise on the latents in training, in their standard deviations: the decoder forgives small errors."""
+    train: Train
+
+
+class Teacher(Spec, kw_only=True, tag="teacher", tag_field="kind"):
+    """Stable Diffusion in miniature: a U-Net that denoises latents, told the prompt by cross-attention."""
+
+    name: str
+    autoencoder: str
+    """The stage (or bundle folder) whose autoencoder makes the latents."""
+    prediction: Prediction = "v_prediction"
+    """What the network predicts. v_prediction goes with the zero-terminal-SNR schedule (arXiv 2305.08891)."""
+    widths: tuple[Count, ...] = (128, 320)
+    """Channels at each resolution of the latents, finest first."""
+    attention: tuple[bool, ...] = (False, True)
+    """Cross-attention at each resolution."""
+    layers: Count = 1
+    """Residual blocks a resolution."""
+    empty_prompts: Fraction = 0.1
+    """Share of prompts dropped, so that guidance works."""
+    guidance: Guidance = 5.0
+    """Guidance this bundle uses by default."""
+    train: Train
+
+
+class Pairs(Spec, kw_only=True, tag="pairs", tag_field="kind"):
+    """The teacher draws (prompt, noise, latents). Only prompts are needed, no pictures."""
+
+    name: str
+    model: str
+    """The bundle that draws: a stage of this recipe or a folder."""
+    count: Count
+    """How many pairs."""
+    steps: Count = 25
+    """Sampler steps: DPM-Solver++ (2M) for a diffusion model, Euler for a rectified flow."""
+    guidance: Guidance = 5.0
+    """Classifier-free guidance of the teacher."""
+    mixtures: Fraction = 0.2
+    """Share of prompts that join two training captions."""
+    shard_size: Count = 512
+    """Pairs a shard; a killed job loses at most one."""
+    batch_size: Count = 64
+    seed: Seed = 0
+    """First seed: pair i uses noise from seed + i."""
+
+
+class Reflow(Spec, kw_only=True, tag="reflow", tag_field="kind"):
+    """Text-conditioned reflow (InstaFlow, Alg. 1): regress X₁ − X₀ along straight lines between pairs."""
+
+    name: str
+    model: str
+    """Where the weights start."""
+    pairs: str
+    init: Literal["converted", "raw"] = "converted"
+    """converted: the teacher's exact velocity. raw: its weights as they are, regressing v (as published)."""
+    time: Literal["uniform", "u-shaped"] = "uniform"
+    """Distribution of t; u-shaped is ∝ e^{4t} + e^{4(1−t)} (arXiv 2405.20320)."""
+    empty_prompts: Fraction = 0.1
+    guidance: Guidance = 1.0
+    """Guidance this bundle uses by default."""
+    train: Train
+
+
+class Distil(Spec, kw_only=True, tag="distil", tag_field="kind"):
+    """One-step distillation (InstaFlow, Alg. 2): X₀ + v(X₀, 0 | T) ≈ X₁, at t = 0 only."""
+
+    name: str
+    model: str
+    pairs: str
+    loss: Literal["l2", "perceptual"] = "l2"
+    """l2 on latents; perceptual adds a feature distance on decoded pictures."""
+    perceptual_weight: Positive = 1.0
+    train: Train
+
+
+class Evaluate(Spec, kw_only=True, tag="evaluate", tag_field="kind"):
+    """Distances, retrieval, straightness and a grid of the same noises under every model named."""
+
+    name: str
+    models: tuple[str, ...]
+    """Stages or folders, each optionally with '@steps': 'teacher@25', 'one-step'."""
+    count: Count = 512
+    """Pictures drawn for each model."""
+    seed: Seed = 0
+
+
+Stage = Autoencoder | Teacher | Pairs | Reflow | Distil | Evaluate
+
+
+class Recipe(Spec, kw_only=True):
+    """A whole run."""
+
+    name: str
+    """The run's folder under `runs/`."""
+    seed: Seed = 0
+    data: Data = Data()
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        """Stage names are unique; what a stage reads is an earlier stage or a path."""
+        seen: set[str] = set()
+        for i, stage in enumerate(self.stages):
+            if stage.name in seen:
+                raise ValueError(f"stages[{i}].name {stage.name!r} is used twice")
+            for name in inputs(stage):
+                if name not in seen and "/" not in name:
+                    allowed = ", ".join(sorted(seen)) or "none yet"
+                    raise ValueError(f"stages[{i}] reads {name!r}, which is no earlier stage ({allowed}) and no path")
+            seen.add(stage.name)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name, or the first one of that kind."""
+        for stage in self.stages:
+            if name in (stage.name, kind(stage)):
+                return stage
+        raise RecipeError(f"no stage {name!r} in recipe {self.name!r}; it has: {', '.join(s.name for s in self.stages)}")
+
+
+def kind(stage: Stage) -> str:
+    """The stage's tag: autoencoder, teacher, pairs, reflow, distil or evaluate."""
+    return str(type(stage).__struct_config__.tag)
+
+
+def inputs(stage: Stage) -> tuple[str, ...]:
+    """Names of the stages or folders that a stage reads."""
+    match stage:
+        case Autoencoder():
+            return ()
+        case Teacher():
+            return (stage.autoencoder,)
+        case Pairs():
+            return (stage.model,)
+        case Reflow() | Distil():
+            return (stage.model, stage.pairs)
+        case Evaluate():
+            return tuple(name.split("@")[0] for name in stage.models)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: no such file, broken TOML, an unknown field or a value outside its range; one
+            line with the value, the rule and the place.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no such recipe: {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"broken TOML: {error} ({path})") from error
+    try:
+        return msgspec.convert(raw, Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{_explain(str(error), raw)} ({path})") from error
+
+
+def _explain(message: str, raw: dict) -> str:
+    """msgspec's 'Expected `float` > 0.0 - at `$.stages[0].train.lr`' with the value that was given."""
+    text, _, place = message.partition(" - at `$")
+    place = place.rstrip("`").lstrip(".")
+    value: object = raw
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+        try:
+            value = value[int(index)] if index else value[key]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            return f"{place}: {text}"
+    shown = "" if isinstance(value, dict | list) else f", got {value!r}"
+    return f"{place}: {text}{shown}" if place else f"{text}{shown}"
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default said."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomli_w.dumps(msgspec.to_builtins(recipe)), encoding="utf-8")
