@@ -1,0 +1,163 @@
+"""Pairs on disk: (prompt, seed, X₁ as fp16) in numbered safetensors shards with a manifest.
+
+Noise is not stored: it comes back from the seed. A shard is written whole or not at all, carries its
+own checksum and is skipped when present, so a killed job loses at most the shard in hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from instaflow.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a set of pairs was drawn; pairs of different manifests never mix."""
+
+    teacher: str
+    """sha256 of the weights that drew."""
+    sampler: str
+    steps: int
+    guidance: float
+    noise: str
+    """The noise generator and its version."""
+    prompts: str
+    """sha256 of the prompt list."""
+    seed: int
+    count: int
+    shard_size: int
+    shape: tuple[int, int, int]
+    """(C, h, w) of one latent."""
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.count // self.shard_size)
+
+    def indices(self, shard: int) -> range:
+        """Pair numbers of a shard."""
+        return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
+
+
+def prompt_hash(prompts: list[str]) -> str:
+    """sha256 of a prompt list."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def open_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, or check that the one there is the same.
+
+    Raises:
+        DataError: the folder holds pairs drawn differently; names the first field that differs.
+    """
+    path = folder / MANIFEST
+    if path.exists():
+        there = read_manifest(folder)
+        for field in manifest.__struct_fields__:
+            if getattr(there, field) != getattr(manifest, field):
+                raise DataError(
+                    f"{folder} holds pairs with {field}={getattr(there, field)!r}, asked for "
+                    f"{getattr(manifest, field)!r}; remove the folder or give the stage another name"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    os.replace(part, path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a pairs folder; DataError when there is none or it is damaged."""
+    try:
+        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} has no {MANIFEST}: no pairs were drawn there") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"damaged {folder / MANIFEST}: {error}") from error
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard."""
+    return folder / f"{shard:05d}.safetensors"
+
+
+def _digest(x1: Tensor, seeds: Tensor, prompts: str) -> str:
+    digest = hashlib.sha256(prompts.encode())
+    digest.update(x1.contiguous().numpy().tobytes())
+    digest.update(seeds.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, *, prompts: list[str], seeds: list[int], x1: Tensor) -> None:
+    """Write one shard, whole or not at all.
+
+    Args:
+        path: the shard's file.
+        prompts: what was really fed to the teacher, one a pair.
+        seeds: one a pair.
+        x1: (N, C, h, w), stored as fp16.
+    """
+    latents, numbers, text = x1.half().cpu(), torch.tensor(seeds, dtype=torch.int64), json.dumps(prompts)
+    part = path.with_suffix(".tmp")
+    metadata = {"prompts": text, "sha256": _digest(latents, numbers, text)}
+    save_file({"x1": latents, "seeds": numbers}, part, metadata=metadata)
+    os.replace(part, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """Pairs in memory: prompts, seeds and latents x1 (N, C, h, w) fp16."""
+
+    prompts: list[str]
+    seeds: list[int]
+    x1: Tensor
+
+    def __len__(self) -> int:
+        """How many pairs."""
+        return len(self.prompts)
+
+
+def read_shard(path: Path) -> PairSet:
+    """One shard, its checksum verified.
+
+    Raises:
+        DataError: missing, truncated or changed; the message names the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            x1, seeds = file.get_tensor("x1"), file.get_tensor("seeds")
+        text = metadata["prompts"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise DataError(f"damaged shard {path}: {error}; remove it and run again to draw it anew") from error
+    if _digest(x1, seeds, text) != metadata.get("sha256"):
+        raise DataError(f"damaged shard {path}: its checksum does not match; remove it and run again to draw it anew")
+    return PairSet(prompts=json.loads(text), seeds=seeds.tolist(), x1=x1)
+
+
+def read_pairs(folder: Path) -> PairSet:
+    """All pairs of a folder, every shard verified.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    shards = [read_shard(shard_path(folder, i)) for i in range(manifest.shards)]
+    return PairSet(
+        prompts=[p for s in shards for p in s.prompts],
+        seeds=[n for s in shards for n in s.seeds],
+        x1=torch.cat([s.x1 for s in shards]),
+    )
