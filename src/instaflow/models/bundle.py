@@ -1,0 +1,217 @@
+"""A bundle: the networks in a diffusers-layout folder, plus `instaflow.json`, the card that says what they are.
+
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  instaflow.json
+
+safetensors only. A bundle is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+
+from instaflow.errors import BundleError, PromptError
+from instaflow.flow import Velocity, guided
+from instaflow.images import to_uint8
+from instaflow.models.card import CARD, Card, read_card
+from instaflow.models.networks import decode_latents
+from instaflow.models.velocity import Schedule, network_velocity
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """The networks of one text-to-image model, ready to be called. All in evaluation mode."""
+
+    unet: UNet2DConditionModel
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: DDIMScheduler
+    card: Card
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position, along a side."""
+        return self.card.image_size // self.unet.config.sample_size
+
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(C, H/f, W/f) of one picture of `size` pixels."""
+        side = (size or self.card.image_size) // self.factor
+        return (self.unet.config.in_channels, side, side)
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """The diffusion schedule, None for a network that predicts the velocity itself."""
+        return None if self.card.prediction == "velocity" else Schedule(self.scheduler.alphas_cumprod)
+
+    # -- the three things a runtime does --------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Token states (B, L, D) of prompts, padded to the encoder's fixed length; '' is the ∅ prompt."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        states: Tensor = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return states
+
+    def velocity(self, states: Tensor, *, guidance: float = 1.0) -> Velocity:
+        """The velocity field v(z, t | T), guided when guidance > 1."""
+        field = network_velocity(self.unet, self.card.prediction, self.schedule, states)
+        if guidance == 1.0:
+            return field
+        empty = self.encode([""]).expand_as(states)
+        return guided(field, network_velocity(self.unet, self.card.prediction, self.schedule, empty), guidance)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Any:
+        """uint8 pictures (B, H, W, 3) of latents (B, C, H/f, W/f)."""
+        return to_uint8(decode_latents(self.vae, latents))
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens the text encoder is given, start and end included."""
+        return int(self.tokenizer.model_max_length)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise PromptError for an empty prompt or one longer than the encoder reads."""
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; say what to draw, for example 'a red apple'")
+        tokens = self.tokenizer(prompt, add_special_tokens=True, return_offsets_mapping=True)
+        count = len(tokens["input_ids"])
+        if count > self.prompt_tokens:
+            end = tokens["offset_mapping"][self.prompt_tokens - 2][1]
+            raise PromptError(
+                f"the prompt has {count} tokens and this model reads {self.prompt_tokens}: "
+                f"it would stop after '…{prompt[max(0, end - 30):end]}'; shorten it"
+            )
+
+    def check_request(self, *, steps: int, guidance: float, size: int) -> None:
+        """Raise PromptError for steps, guidance or a size that this kind of model cannot do."""
+        kind = self.card.kind
+        if steps < 1 or (kind == "one-step" and steps != 1):
+            allowed = "1" if kind == "one-step" else "1 or more"
+            raise PromptError(f"steps={steps} is not allowed for the {kind} model {self.card.name!r}; allowed: {allowed}")
+        if not 1 <= guidance <= self.card.max_guidance:
+            raise PromptError(
+                f"guidance={guidance:g} is not allowed for the {kind} model {self.card.name!r}; "
+                f"allowed: {'1' if self.card.max_guidance == 1 else f'1 to {self.card.max_guidance:g}'}"
+            )
+        unit = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if size < unit or size % unit or size > 4 * self.card.image_size:
+            raise PromptError(
+                f"size={size} is not allowed; use a multiple of {unit} from {unit} to {4 * self.card.image_size}, "
+                f"best {self.card.image_size}"
+            )
+
+    # -- files ----------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Bundle:
+        """Read a bundle folder; weights become fp32.
+
+        Raises:
+            BundleError: no such folder, a part missing or unreadable, or a card that makes no sense.
+        """
+        folder = Path(folder)
+        card = read_card(folder)
+        for part in PARTS:
+            if not (folder / part).is_dir():
+                raise BundleError(f"{folder} has no {part}/: it is not a whole bundle")
+        try:
+            vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+            vae_type = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[vae_class]
+            only_safe: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False}
+            return cls(
+                unet=_ready(UNet2DConditionModel.from_pretrained(folder / "unet", **only_safe), device),
+                vae=_ready(vae_type.from_pretrained(folder / "vae", **only_safe), device),
+                text_encoder=_ready(
+                    BertModel.from_pretrained(
+                        folder / "text_encoder", use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
+                    ),
+                    device,
+                ),
+                tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+                scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+                card=card,
+            )
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise BundleError(f"cannot load {folder}: {str(error).splitlines()[0][:200]}") from error
+
+    def save(self, folder: Path, *, half: bool = True) -> Path:
+        """Write the bundle, whole or not at all; weights as fp16 when `half`."""
+        part = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        for name, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
+            save_network(network, part / name, half=half)
+        self.tokenizer.save_pretrained(part / "tokenizer")
+        self.scheduler.save_pretrained(part / "scheduler")
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "unet": ["diffusers", type(self.unet).__name__],
+            "vae": ["diffusers", type(self.vae).__name__],
+            "text_encoder": ["transformers", type(self.text_encoder).__name__],
+            "tokenizer": ["transformers", type(self.tokenizer).__name__],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+        }
+        (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (part / CARD).write_bytes(msgspec.json.format(msgspec.json.encode(self.card), indent=2) + b"\n")
+        return publish(part, folder)
+
+    def with_card(self, **changes: Any) -> Bundle:
+        """The same networks under a changed card."""
+        return replace(self, card=msgspec.structs.replace(self.card, **changes))
+
+
+def _ready(network: Any, device: str | torch.device) -> Any:
+    return network.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def save_network(network: Any, folder: Path, *, half: bool) -> None:
+    """`save_pretrained`, as fp16 when `half`, leaving the network itself as it was."""
+    copied = copy.deepcopy(network).half() if half else network
+    copied.save_pretrained(folder, safe_serialization=True)
+
+
+def publish(part: Path, folder: Path) -> Path:
+    """Rename a finished folder into place, replacing an older one."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def bundle_hash(folder: Path) -> str:
+    """sha256 over the weights of a bundle folder: what pairs and reports name their model by."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
