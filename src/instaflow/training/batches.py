@@ -1,0 +1,39 @@
+"""What several stages draw their batches from: cached token states, and pairs with their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from instaflow.data.pairs import PairSet
+from instaflow.models.sampling import noise
+from instaflow.training.trainer import Batch, Draw
+
+
+class TextCache:
+    """Token states of every caption met so far; captions recur, the text encoder is frozen."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor]) -> None:
+        """`encode` maps B prompts to states (B, L, D)."""
+        self.encode = encode
+        self.states: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """States (B, L, D) in fp32 on the CPU."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.states]
+        if new:
+            # half once, for new and cached alike: a caption's states never depend on when it was met
+            self.states.update(zip(new, self.encode(new).half().cpu(), strict=True))
+        return torch.stack([self.states[p] for p in prompts]).float()
+
+
+def pair_batch(pairs: PairSet, encode: TextCache, draw: Draw, batch_size: int, empty_prompts: float = 0.0) -> Batch:
+    """A batch of pairs: x1, the noise x0 back from its seed, and token states."""
+    chosen = draw.indices(len(pairs), batch_size)
+    prompts = [pairs.prompts[i] for i in chosen]
+    if empty_prompts:
+        prompts = ["" if draw.python.random() < empty_prompts else p for p in prompts]
+    x1 = pairs.x1[chosen].float()
+    return {"x1": x1, "x0": noise([pairs.seeds[i] for i in chosen], x1.shape[1:]), "states": encode(prompts)}

@@ -1,0 +1,251 @@
+"""A recipe's stages, one after another; a stage whose output is there is skipped.
+
+    runs/<recipe>/recipe.toml      the recipe, every default said
+    runs/<recipe>/<stage>/         checkpoint, metrics.jsonl, samples/ of one stage
+    runs/<recipe>/<stage>/bundle/  what it made (pairs: shards in <stage>/pairs/)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from rich.console import Console
+
+from instaflow import __version__
+from instaflow.data.emoji import make_emoji
+from instaflow.data.pairs import MANIFEST, read_manifest, read_pairs, shard_path
+from instaflow.data.pictures import Picture, content_hash, read_pictures
+from instaflow.errors import BundleError, DataError, RecipeError
+from instaflow.models.bundle import Bundle, Card, bundle_hash, publish, save_network
+from instaflow.models.networks import build_scheduler, build_unet, load_minilm
+from instaflow.recipe import Autoencoder, Distil, Evaluate, Pairs, Recipe, Reflow, Stage, Teacher, dump_recipe, kind
+from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
+from instaflow.training.distil import distil_stage
+from instaflow.training.pairs import draw_pairs, draw_prompts
+from instaflow.training.reflow import reflow_stage
+from instaflow.training.teacher import prompt_preview, teacher_stage
+from instaflow.training.trainer import train
+
+Evaluator = Callable[["Run", Evaluate], None]
+
+
+class Run:
+    """A recipe being carried out in `root/<recipe name>`."""
+
+    def __init__(self, recipe: Recipe, root: Path, *, cache: Path, device: str | None = None) -> None:
+        """Nothing is read or written until a stage runs.
+
+        Args:
+            recipe: the run.
+            root: where run folders go.
+            cache: where data sets and fetched packages go.
+            device: torch device; None takes cuda, mps or cpu, the first there is.
+        """
+        self.recipe, self.folder, self.cache = recipe, root / recipe.name, cache
+        self.device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+        self.console = Console(stderr=True)
+
+    # -- what stages read -----------------------------------------------------------------------
+
+    def data_file(self) -> str:
+        """The recipe's data source; 'emoji' is made when it is not there yet."""
+        data = self.recipe.data
+        if data.source != "emoji":
+            return data.source
+        return str(make_emoji(self.cache / f"emoji-{data.size}.parquet", size=data.size, cache=self.cache / "npm"))
+
+    def pictures(self, split: str) -> list[Picture]:
+        """The recipe's pictures of one split."""
+        found = read_pictures(self.data_file(), split=split, styles=self.recipe.data.styles)
+        return found[: self.recipe.data.limit or None] if split == "train" else found
+
+    @cached_property
+    def training_pictures(self) -> list[Picture]:
+        """The training split, read once."""
+        return self.pictures("train")
+
+    def output(self, name: str) -> Path:
+        """Where a stage's bundle or pairs are, or a folder given by path."""
+        if "/" in name:
+            return Path(name)
+        stage = self.recipe.stage(name)
+        return self.folder / stage.name / ("pairs" if isinstance(stage, Pairs) else "bundle")
+
+    def bundle(self, name: str) -> Bundle:
+        """The bundle that an earlier stage made."""
+        return Bundle.load(self.output(name), device=self.device)
+
+    def lineage(self, stage: Stage, **parents: Any) -> dict[str, Any]:
+        """What a bundle's card says of how it was made."""
+        return {"code": __version__, "recipe": self.recipe.name, "stage": msgspec.to_builtins(stage), **parents}
+
+    # -- running --------------------------------------------------------------------------------
+
+    def done(self, stage: Stage) -> bool:
+        """Whether a stage's output is complete."""
+        out = self.output(stage.name)
+        match stage:
+            case Pairs():
+                if not (out / MANIFEST).exists():
+                    return False
+                return all(shard_path(out, i).exists() for i in range(read_manifest(out).shards))
+            case Evaluate():
+                return (self.folder / stage.name / "report.json").exists()
+            case _:
+                return out.is_dir()
+
+    def run(self, evaluate: Evaluator, only: str | None = None) -> None:
+        """Carry out every stage, or one by name or kind; what is done is skipped.
+
+        Raises:
+            RecipeError: an earlier run in this folder had a stage of this name with other settings.
+        """
+        self._check_unchanged()
+        dump_recipe(self.recipe, self.folder / "recipe.toml")
+        stages: Sequence[Stage] = [self.recipe.stage(only)] if only else self.recipe.stages
+        for stage in stages:
+            if self.done(stage):
+                self.console.print(f"[dim]{stage.name}: done, in {self.output(stage.name)}[/]")
+                continue
+            self.console.print(f"[bold]{stage.name}[/] ({kind(stage)})")
+            if isinstance(stage, Evaluate):
+                evaluate(self, stage)
+            else:
+                self.carry_out(stage)
+
+    def _check_unchanged(self) -> None:
+        path = self.folder / "recipe.toml"
+        if not path.exists():
+            return
+        from instaflow.recipe import load_recipe
+
+        before = {s.name: s for s in load_recipe(path).stages}
+        for stage in self.recipe.stages:
+            old, started = before.get(stage.name), (self.folder / stage.name).exists()
+            if started and old is not None and old != stage and not isinstance(stage, Evaluate):
+                raise RecipeError(
+                    f"stage {stage.name!r} was begun with other settings in {self.folder}; "
+                    "give the recipe or the stage another name, or remove that folder"
+                )
+
+    def carry_out(self, stage: Stage) -> None:
+        """Run one stage to its end."""
+        folder = self.folder / stage.name
+        match stage:
+            case Autoencoder():
+                self._autoencoder(stage, folder)
+            case Teacher():
+                self._teacher(stage, folder)
+            case Pairs():
+                prompts = draw_prompts(self.training_pictures, stage.count, stage.mixtures, stage.seed)
+                teacher = bundle_hash(self.output(stage.model))
+                draw_pairs(stage, self.bundle(stage.model), prompts, self.output(stage.name), teacher=teacher)
+            case Reflow():
+                self._reflow(stage, folder)
+            case Distil():
+                self._distil(stage, folder)
+
+    def _autoencoder(self, stage: Autoencoder, folder: Path) -> None:
+        size = self.recipe.data.size
+        built = autoencoder_stage(stage, self.training_pictures, size)
+        network = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
+        vae = finish(network, self.training_pictures, size)
+        part = folder / "bundle.tmp"
+        save_network(vae, part / "vae", half=True)
+        publish(part, self.output(stage.name))
+
+    def _teacher(self, stage: Teacher, folder: Path) -> None:
+        size, pictures = self.recipe.data.size, self.training_pictures
+        source = self.output(stage.autoencoder)
+        vae = load_autoencoder(source).to(self.device)
+        latents = encode_all(vae, pictures, size)
+        encoder, tokenizer = load_minilm()
+        torch.manual_seed(self.recipe.seed)
+        unet = build_unet(
+            stage,
+            latent_channels=latents.shape[1],
+            latent_size=latents.shape[2],
+            text_width=encoder.config.hidden_size,
+        )
+        card = Card(
+            name=f"{self.recipe.name}-{stage.name}",
+            kind="teacher",
+            prediction=stage.prediction,
+            image_size=size,
+            guidance=stage.guidance,
+            styles=tuple(sorted({p.style for p in pictures} - {""})),
+            lineage=self.lineage(stage, autoencoder=bundle_hash(source), data=content_hash(pictures)),
+        )
+        bundle = Bundle(
+            unet=unet,
+            vae=vae,
+            text_encoder=encoder.to(self.device),
+            tokenizer=tokenizer,
+            scheduler=build_scheduler(stage.prediction),
+            card=card,
+        )
+        built = teacher_stage(stage, bundle, pictures, latents)
+        train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
+        bundle.save(self.output(stage.name))
+
+    def _reflow(self, stage: Reflow, folder: Path) -> None:
+        bundle = self.bundle(stage.model)
+        raw = stage.init == "raw"
+        bundle = bundle.with_card(
+            name=f"{self.recipe.name}-{stage.name}",
+            kind="rectified",
+            prediction="velocity" if raw else bundle.card.prediction,
+            guidance=stage.guidance,
+            max_guidance=2.0,
+            lineage=self._descent(stage),
+            results={},
+        )
+        self._train_on_pairs(stage, bundle, folder)
+
+    def _distil(self, stage: Distil, folder: Path) -> None:
+        bundle = self.bundle(stage.model).with_card(
+            name=f"{self.recipe.name}-{stage.name}",
+            kind="one-step",
+            steps=1,
+            guidance=1.0,
+            max_guidance=1.0,
+            lineage=self._descent(stage),
+            results={},
+        )
+        self._train_on_pairs(stage, bundle, folder)
+
+    def _descent(self, stage: Reflow | Distil) -> dict[str, Any]:
+        manifest = msgspec.to_builtins(read_manifest(self.output(stage.pairs)))
+        return self.lineage(stage, parent=bundle_hash(self.output(stage.model)), pairs=manifest)
+
+    def _train_on_pairs(self, stage: Reflow | Distil, bundle: Bundle, folder: Path) -> None:
+        pairs = read_pairs(self.output(stage.pairs))
+        if pairs.x1.shape[1:] != bundle.latent_shape():
+            raise DataError(f"{stage.pairs} has latents {tuple(pairs.x1.shape[1:])}, the model {bundle.latent_shape()}")
+        bundle.unet.requires_grad_(True)
+        if isinstance(stage, Reflow):
+            built = reflow_stage(stage, bundle, pairs)
+        else:
+            built = distil_stage(stage, bundle, pairs)
+        built = replace(built, preview=prompt_preview(bundle, self.training_pictures, steps=1))
+        train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
+        bundle.save(self.output(stage.name))
+
+
+def load_autoencoder(folder: Path) -> Any:
+    """The autoencoder of a bundle folder, or of an autoencoder stage's output."""
+    for family in (AutoencoderDC, AutoencoderKL):
+        try:
+            vae = family.from_pretrained(folder / "vae", use_safetensors=True, low_cpu_mem_usage=False)
+        except (OSError, ValueError, AttributeError, TypeError, RuntimeError):
+            continue
+        if vae.config["_class_name"] == family.__name__:
+            return vae.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    raise BundleError(f"{folder} has no autoencoder in vae/")

@@ -1,0 +1,68 @@
+"""Stage: the teacher, Stable Diffusion in miniature. Denoise latents of captioned pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from instaflow.data.pictures import Picture
+from instaflow.flow import interpolate, like, unet_time, velocity_target
+from instaflow.images import save_grid
+from instaflow.models.bundle import Bundle
+from instaflow.models.sampling import sample
+from instaflow.recipe import Teacher
+from instaflow.training.batches import TextCache
+from instaflow.training.trainer import Batch, Draw, Stage
+
+
+def teacher_stage(spec: Teacher, bundle: Bundle, pictures: Sequence[Picture], latents: Tensor) -> Stage:
+    """The teacher's batches and loss.
+
+    Args:
+        spec: the stage's recipe.
+        bundle: the untrained U-Net with its autoencoder, text encoder and schedule.
+        pictures: for the captions.
+        latents: their latents, (N, C, h, w).
+    """
+    encode = TextCache(bundle.encode)
+    alphas = bundle.scheduler.alphas_cumprod.sqrt()
+    sigmas = (1 - bundle.scheduler.alphas_cumprod).sqrt()
+
+    def batch(draw: Draw) -> Batch:
+        chosen = draw.indices(len(pictures), spec.train.batch_size)
+        captions = [pictures[i].caption(draw.python) for i in chosen]
+        captions = ["" if draw.python.random() < spec.empty_prompts else c for c in captions]
+        x1 = latents[chosen]
+        return {"x1": x1, "x0": draw.normal(*x1.shape), "u": draw.uniform(len(chosen)), "states": encode(captions)}
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        x1, x0, u = batch["x1"], batch["x0"], batch["u"]
+        if spec.prediction == "velocity":
+            x, target, time = interpolate(x0, x1, u), velocity_target(x0, x1), unet_time(u)
+        else:
+            time = (u * len(alphas)).long()
+            a, b = like(alphas.to(u.device)[time], x1), like(sigmas.to(u.device)[time], x1)
+            x = a * x1 + b * x0
+            target = x0 if spec.prediction == "epsilon" else a * x0 - b * x1
+        out = network(x, time, batch["states"]).sample
+        return (out.float() - target).square().mean()
+
+    return Stage(network=bundle.unet, batch=batch, loss=loss, preview=prompt_preview(bundle, pictures))
+
+
+def prompt_preview(
+    bundle: Bundle, pictures: Sequence[Picture], *, steps: int | None = None
+) -> Callable[[nn.Module, Path], None]:
+    """A grid of the same 32 captions and noises, drawn by the network in training."""
+    captions = [p.name for p in pictures[:: max(1, len(pictures) // 32)][:32]]
+
+    def preview(_network: nn.Module, path: Path) -> None:
+        latents = sample(
+            bundle, captions, seeds=range(len(captions)), steps=steps or bundle.card.steps, guidance=bundle.card.guidance
+        )
+        save_grid(bundle.decode(latents), path)
+
+    return preview

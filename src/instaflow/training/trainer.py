@@ -1,0 +1,203 @@
+"""The one training loop. A stage is a source of batches plus a loss; everything else is here.
+
+Every batch is a pure function of (seed, step): noise, times, captions and the choice of samples come
+from a generator seeded with both. So the data cursor is the step, a resumed run sees what the
+unbroken one would have seen, and several processes slice the same global batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from instaflow.recipe import Train
+
+Batch = dict[str, Tensor]
+
+
+class Draw:
+    """Every random choice of one training step."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        """Seed Python's and torch's generators with (seed, step)."""
+        self.python = random.Random(f"{seed}:{step}")
+        self.torch = torch.Generator().manual_seed(self.python.getrandbits(63))
+
+    def indices(self, n: int, count: int) -> list[int]:
+        """`count` indices below `n`, with replacement."""
+        return torch.randint(n, (count,), generator=self.torch).tolist()
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal noise."""
+        return torch.randn(shape, generator=self.torch)
+
+    def uniform(self, count: int) -> Tensor:
+        """Uniform in [0, 1), (count,)."""
+        return torch.rand(count, generator=self.torch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a stage adds to the loop.
+
+    batch: the global batch of a step, tensors that all start with the batch dimension.
+    loss: a scalar from the network and this process's slice of the batch.
+    preview: saves a sample grid of the (averaged) network to a path.
+    """
+
+    network: nn.Module
+    batch: Callable[[Draw], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    preview: Callable[[nn.Module, Path], None] | None = None
+
+
+def learning_rate(spec: Train, step: int) -> float:
+    """Linear warm-up, then constant or cosine to 0."""
+    warm = min(1.0, (step + 1) / max(1, spec.lr_warmup_steps))
+    if spec.lr_decay == "constant":
+        return spec.lr * warm
+    left = max(0.0, step - spec.lr_warmup_steps) / max(1, spec.steps - spec.lr_warmup_steps)
+    return spec.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, left)))
+
+
+def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> nn.Module:
+    """Train to `spec.steps` and return the network with its averaged weights, on the CPU or device it was on.
+
+    Runs again from `folder/checkpoint.pt` when there is one; the result is that of an unbroken run.
+    """
+    # -- set up -----------------------------------------------------------------------------
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=spec.precision)
+    plain = stage.network.train().to(accelerator.device, memory_format=torch.channels_last)
+    ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
+    optimiser = torch.optim.AdamW(
+        plain.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=True
+    )
+    start = restore(folder, plain, ema, optimiser)
+    log = Log(folder / "metrics.jsonl", start)
+    network, optimiser = accelerator.prepare(plain, optimiser)
+    if spec.compile:
+        network = torch.compile(network)  # previews and saving use the plain one
+    rank, size = accelerator.process_index, accelerator.num_processes
+    saved = time.monotonic()
+
+    with progress(accelerator.is_main_process) as bar:
+        task = bar.add_task(name, total=spec.steps, completed=start, loss=float("nan"))
+        for step in range(start, spec.steps):
+            # -- one step: draw, predict, compare, update ------------------------------------
+            batch = {k: v[rank::size].to(accelerator.device) for k, v in stage.batch(Draw(seed, step)).items()}
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(spec, step)
+            with accelerator.autocast():
+                loss = stage.loss(network, batch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(network.parameters(), spec.grad_clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            ema.step(plain.parameters())
+
+            # -- now and then ----------------------------------------------------------------
+            done = step + 1
+            log.add(done, loss, learning_rate(spec, step), spec.batch_size)
+            bar.update(task, completed=done, loss=log.loss)
+            if not accelerator.is_main_process:
+                continue
+            last = done == spec.steps
+            if last or time.monotonic() - saved > 60 * spec.checkpoint_minutes:
+                save(folder, plain, ema, optimiser, done)
+                saved = time.monotonic()
+            if stage.preview and (last or done % spec.preview_every == 0):
+                ema.store(plain.parameters())
+                ema.copy_to(plain.parameters())
+                stage.preview(plain.eval(), folder / "samples" / f"{done:06d}.png")
+                plain.train()
+                ema.restore(plain.parameters())
+
+    ema.copy_to(plain.parameters())
+    accelerator.free_memory()
+    return plain.eval().requires_grad_(False)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+
+def save(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """Write `checkpoint.pt` whole or not at all."""
+    part = folder / "checkpoint.tmp"
+    state = {"step": step, "model": network.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
+    with part.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / "checkpoint.pt")
+
+
+def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer) -> int:
+    """Load `checkpoint.pt` if there is one; returns the step to go on from."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"])
+
+
+# -- what a person watches -------------------------------------------------------------------------
+
+
+class Log:
+    """`metrics.jsonl`, a line every `every` steps; lines past the checkpoint are dropped on resuming."""
+
+    def __init__(self, path: Path, start: int, every: int = 20) -> None:
+        """Open for appending after step `start`."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.path, self.every = path, every
+        self.losses: list[Tensor] = []
+        self.loss, self.since = float("nan"), time.monotonic()
+
+    def add(self, step: int, loss: Tensor, lr: float, images: int) -> None:
+        """Take in one step; every so often write the mean and the speed."""
+        self.losses.append(loss.detach())
+        if step % self.every:
+            return
+        self.loss = torch.stack(self.losses).float().mean().item()
+        seconds = time.monotonic() - self.since
+        row = {
+            "step": step,
+            "total_images": step * images,
+            "loss": round(self.loss, 6),
+            "lr": lr,
+            "images_per_s": round(len(self.losses) * images / seconds, 2),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.losses, self.since = [], time.monotonic()
+
+
+def progress(shown: bool) -> Progress:
+    """A bar with the loss, the step and the time left."""
+    return Progress(
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not shown,
+    )
