@@ -1,0 +1,340 @@
+"""The command line: thin, every verb binds its work when it is called. `--help` loads no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from instaflow import __version__
+from instaflow.errors import DataError, InstaFlowError, PromptError
+
+if TYPE_CHECKING:
+    from instaflow.generate import Drawing, InstaFlow
+    from instaflow.recipe import Evaluate, Recipe
+    from instaflow.training.run import Run
+
+app = App(
+    name="instaflow",
+    version=__version__,
+    help="Text to image in one network evaluation, and the whole way to make such a model.",
+    help_epilogue="Start with: instaflow generate 'a red apple'",
+)
+
+Root = Annotated[Path, Parameter(help="Where run folders go.")]
+Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.")]
+
+
+@app.command
+def generate(
+    *prompts: str,
+    file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
+    number: Annotated[int, Parameter(name=["--number", "-n"])] = 1,
+    seed: int | None = None,
+    style: str | None = None,
+    size: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    grid: bool = False,
+    model: Path | None = None,
+) -> None:
+    """Draw pictures from sentences.
+
+    Examples:
+        instaflow generate "a red apple"
+        instaflow generate "a red apple" "a green tree" -n 4 --seed 7 --grid -o sheet.png
+        instaflow generate "cat" --style noto
+        instaflow generate --file prompts.txt -o pictures/
+
+    Parameters
+    ----------
+    prompts
+        What to draw, one picture each.
+    file
+        A text file with one prompt a line.
+    number
+        Pictures of each prompt, with seeds seed, seed+1, …
+    seed
+        First seed; the same prompt and seed give the same bytes. Left out, one is drawn and printed.
+    style
+        A drawing style that the model knows.
+    size
+        Side in pixels; left out, the model's own.
+    steps
+        Network evaluations a picture; a one-step model takes 1.
+    guidance
+        Classifier-free guidance; a one-step model takes 1.
+    out
+        A .png file for one picture or a grid, or a folder.
+    grid
+        All pictures on one sheet, a row a prompt.
+    model
+        A bundle folder; left out, the default model.
+    """
+    texts = [*prompts, *(_read_prompts(file) if file else [])]
+    if not texts:
+        raise PromptError("no prompt: say what to draw, for example instaflow generate 'a red apple'")
+    if number < 1:
+        raise PromptError(f"--number={number} is not allowed; use 1 or more")
+    first = secrets.randbelow(2**31) if seed is None else seed
+    wanted = [(text, first + i) for text in texts for i in range(number)]
+    paths = _paths(wanted, out, grid)
+
+    flow = _load(model)
+    drawings = flow.generate_many(
+        [t for t, _ in wanted], seeds=[s for _, s in wanted], style=style, size=size, steps=steps, guidance=guidance
+    )
+    from rich.progress import track
+
+    done: list[Drawing] = []
+    quiet = len(wanted) == 1 or not sys.stderr.isatty()
+    for drawing, path in zip(track(drawings, "drawing", total=len(wanted), disable=quiet), paths, strict=True):
+        done.append(drawing)
+        if not grid:
+            drawing.save(path)
+            _say(path, drawing)
+    if grid:
+        _save_sheet(done, paths[0], columns=number if number > 1 else 8)
+
+
+def _load(model: Path | None) -> InstaFlow:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from instaflow.generate import InstaFlow
+
+    flow = InstaFlow.load(model)
+    flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
+    return flow
+
+
+def _say(path: Path, drawing: Drawing) -> None:
+    print(f"{path}  seed {drawing.seed}  {drawing.steps} step{'s' * (drawing.steps > 1)}  {drawing.latency_ms:.0f} ms")
+
+
+def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:
+    import numpy as np
+
+    from instaflow.images import grid, save_png
+
+    sheet = grid(np.stack([np.asarray(d.image) for d in drawings]), columns)
+    prompts = " | ".join(dict.fromkeys(d.prompt for d in drawings))
+    save_png(sheet, path, {"prompt": prompts, "seed": str(drawings[0].seed), "model": drawings[0].model})
+    _say(path, drawings[-1])
+
+
+def _read_prompts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read prompts from {file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _paths(wanted: list[tuple[str, int]], out: Path | None, grid: bool) -> list[Path]:
+    """Where each picture goes; names come from the prompts, with the seed where several would meet."""
+    single = grid or len(wanted) == 1
+    if out is not None and out.suffix:
+        if out.suffix.lower() != ".png":
+            raise PromptError(f"--out {out}: pictures are written as .png")
+        if not single:
+            raise PromptError(f"--out {out} is one file and there are {len(wanted)} pictures; give a folder or --grid")
+        return [out]
+    folder = out or Path()
+    if single:
+        return [folder / f"{_file_name(wanted[0][0])}.png"]
+    return [folder / f"{_file_name(text)}-{seed}.png" for text, seed in wanted]
+
+
+def _file_name(prompt: str) -> str:
+    name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
+    return re.sub(r"^(a|an|the)-", "", name)[:60] or "picture"
+
+
+# -- making models ---------------------------------------------------------------------------------
+
+
+@app.command
+def run(recipe: Path, *, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")) -> None:
+    """Carry out all stages of a recipe; what is done is skipped, what was begun goes on.
+
+    Examples:
+        instaflow run recipes/smoke.toml
+        instaflow run recipes/emoji.toml --dry-run
+
+    Parameters
+    ----------
+    recipe
+        A TOML file.
+    dry_run
+        Print what would run and what it costs, and stop.
+    """
+    _carry_out(recipe, None, None, dry_run, root, cache)
+
+
+@app.command
+def train(
+    recipe: Path, *, stage: str, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
+) -> None:
+    """Train one stage of a recipe: autoencoder, teacher, reflow or distil, by its name or kind.
+
+    Example:
+        instaflow train recipes/emoji.toml --stage teacher
+    """
+    _carry_out(recipe, stage, ("autoencoder", "teacher", "reflow", "distil"), dry_run, root, cache)
+
+
+@app.command
+def pairs(
+    recipe: Path, *, stage: str = "pairs", dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
+) -> None:
+    """Draw a recipe's pairs (prompt, noise, latents) with its teacher.
+
+    Example:
+        instaflow pairs recipes/emoji.toml
+    """
+    _carry_out(recipe, stage, ("pairs",), dry_run, root, cache)
+
+
+@app.command
+def evaluate(
+    recipe: Path,
+    *,
+    stage: str = "evaluate",
+    dry_run: bool = False,
+    root: Root = Path("runs"),
+    cache: Cache = Path("data"),
+) -> None:
+    """Measure a recipe's models: distances, retrieval, straightness, a grid of the same noises.
+
+    Example:
+        instaflow evaluate recipes/emoji.toml
+    """
+    _carry_out(recipe, stage, ("evaluate",), dry_run, root, cache)
+
+
+def _carry_out(
+    path: Path, stage: str | None, kinds: tuple[str, ...] | None, dry_run: bool, root: Path, cache: Path
+) -> None:
+    from instaflow.errors import RecipeError
+    from instaflow.recipe import kind, load_recipe
+
+    recipe = load_recipe(path)
+    if stage is not None and kinds is not None:
+        found = kind(recipe.stage(stage))
+        if found not in kinds:
+            raise RecipeError(f"stage {stage!r} is of kind {found}; this verb takes {', '.join(kinds)} ({path})")
+    if dry_run:
+        _print_costs(recipe, stage)
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from instaflow.training.run import Run
+
+    Run(recipe, root, cache=cache).run(_evaluate, stage)
+
+
+def _evaluate(run: Run, stage: Evaluate) -> None:
+    from instaflow.evaluate.protocol import Entrant, evaluate
+    from instaflow.models.card import read_card
+
+    entrants = []
+    for label in stage.models:
+        name, _, steps = label.partition("@")
+        card = read_card(run.output(name))
+        entrants.append(
+            Entrant(
+                label=label, folder=run.output(name), steps=int(steps) if steps else card.steps, guidance=card.guidance
+            )
+        )
+    report = evaluate(
+        entrants,
+        run.training_pictures,
+        run.pictures("test"),
+        run.folder / stage.name,
+        count=stage.count,
+        seed=stage.seed,
+        device=run.device,
+    )
+    print(f"{run.folder / stage.name / 'report.md'}: {len(report['models'])} rows")
+
+
+def _print_costs(recipe: Recipe, only: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from instaflow.training.cost import cost
+
+    table = Table("stage", "kind", "images", "U-Net forwards", "pairs, MB", title=f"recipe {recipe.name}: what it costs")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    stages = [recipe.stage(only)] if only else recipe.stages
+    bills = [cost(stage, recipe) for stage in stages]
+    for b in bills:
+        table.add_row(b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.storage_mb:,.1f}" if b.storage_mb else "")
+    total = (sum(b.images for b in bills), sum(b.forwards for b in bills), sum(b.storage_mb for b in bills))
+    table.add_row("all", "", f"{total[0]:,}", f"{total[1]:,}", f"{total[2]:,.1f}", style="bold")
+    Console().print(table)
+
+
+@app.command
+def data(
+    name: str, *, size: int = 64, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None, cache: Cache = Path("data")
+) -> None:
+    """Fetch and rasterise a data set; so far 'emoji', nine openly licensed hands, about 11,000 pictures.
+
+    Example:
+        instaflow data emoji --size 64
+
+    Parameters
+    ----------
+    name
+        emoji.
+    size
+        Side of the pictures in pixels.
+    out
+        The Parquet file to write.
+    """
+    if name != "emoji":
+        raise DataError(f"unknown data set {name!r}; allowed: emoji. A folder or .parquet file needs no such step")
+    if not 8 <= size <= 1024:
+        raise DataError(f"--size={size} is not allowed; use 8 to 1024")
+    from instaflow.data.emoji import make_emoji
+    from instaflow.data.pictures import read_pictures
+
+    path = make_emoji(out or cache / f"emoji-{size}.parquet", size=size, cache=cache / "npm")
+    found = read_pictures(path)
+    for split in ("train", "validation", "test"):
+        part = [p for p in found if p.split == split]
+        print(f"{split:10} {len(part):6,} pictures of {len({p.hexcode for p in part}):5,} concepts")
+    print(path)
+
+
+@app.command
+def inspect(model: Path | None = None) -> None:
+    """Print what a bundle is: its kind, lineage and measured results; without a path, the default model.
+
+    Example:
+        instaflow inspect runs/emoji/one-step/bundle
+    """
+    import msgspec
+    from rich import print_json
+
+    from instaflow.models.card import DEFAULT, read_card
+
+    print_json(msgspec.json.encode(read_card(model or DEFAULT)).decode())
+
+
+def main() -> None:
+    """Run the command line: 0 good, 2 the user's mistake in one line, 1 ours, 130 interrupted."""
+    try:
+        app()
+    except InstaFlowError as error:
+        print(f"instaflow: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("instaflow: interrupted; run the same line again to go on", file=sys.stderr)
+        sys.exit(130)

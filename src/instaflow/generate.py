@@ -1,0 +1,148 @@
+"""Prompts → pictures: the public API.
+
+    from instaflow import InstaFlow
+    InstaFlow.load().generate("a red apple", seed=7).save("apple.png")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from instaflow import __version__
+from instaflow.errors import PromptError
+from instaflow.images import save_png
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import DEFAULT
+from instaflow.models.sampling import sample
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """One picture and how it came about."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    model: str
+    steps: int
+    guidance: float
+    latency_ms: float
+    """Text to pixels, the batch's time shared by its pictures."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all."""
+        text = {
+            "prompt": self.prompt,
+            "seed": str(self.seed),
+            "model": self.model,
+            "steps": str(self.steps),
+            "guidance": f"{self.guidance:g}",
+            "software": f"InstaFlow {__version__}",
+        }
+        save_png(self.image, Path(path), text)
+        return Path(path)
+
+
+class InstaFlow:
+    """A loaded model that draws."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Wrap a bundle."""
+        self.bundle = bundle
+
+    @classmethod
+    def load(cls, model: str | Path | None = None, *, device: str = "cpu") -> InstaFlow:
+        """Load a bundle folder; None loads the default model that comes with the package.
+
+        Raises:
+            BundleError: no such folder, or it is no bundle.
+        """
+        return cls(Bundle.load(model or DEFAULT, device=device))
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        style: str | None = None,
+        size: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Drawing:
+        """Draw one picture. See `generate_many`."""
+        return next(
+            self.generate_many([prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance)
+        )
+
+    def generate_many(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        style: str | None = None,
+        size: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Iterator[Drawing]:
+        """Draw one picture a prompt; everything is checked before the first is drawn.
+
+        Each picture is a function of its own prompt and seed: the same bytes alone or in any batch.
+
+        Args:
+            prompts: what to draw.
+            seeds: one a prompt, 0 ≤ seed < 2⁶³.
+            style: one of the model's styles; None leaves it to the model.
+            size: side in pixels; None takes the model's own.
+            steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
+            guidance: classifier-free guidance; None takes the model's own.
+
+        Raises:
+            PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
+                steps or guidance that this kind of model cannot do.
+        """
+        card = self.bundle.card
+        steps = card.steps if steps is None else steps
+        guidance = card.guidance if guidance is None else guidance
+        size = card.image_size if size is None else size
+        self.bundle.check_request(steps=steps, guidance=guidance, size=size)
+        if style is not None and style not in card.styles:
+            raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
+        for seed in seeds:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise PromptError(f"seed={seed} is not allowed; use 0 to {LARGEST_SEED}")
+        texts = [f"{p}, {style}" if style else p for p in prompts]
+        for prompt, text in zip(prompts, texts, strict=True):
+            self.bundle.check_prompt(prompt)
+            self.bundle.check_prompt(text)
+        return self._draw(texts, seeds, steps, guidance, size)
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, size: int
+    ) -> Iterator[Drawing]:
+        # One picture a call of the networks: batched matrix products round differently with the
+        # batch's size, and the same inputs must give the same bytes.
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            start = time.perf_counter()
+            latents = sample(self.bundle, [prompt], seeds=[seed], steps=steps, guidance=guidance, size=size)
+            pixels = self.bundle.decode(latents)[0]
+            latency_ms = 1000 * (time.perf_counter() - start)
+            if not torch.isfinite(latents).all():
+                raise PromptError(f"{self.bundle.card.name!r} drew NaN for {prompt!r}: its weights or precision are broken")
+            yield Drawing(
+                image=Image.fromarray(np.ascontiguousarray(pixels)),
+                prompt=prompt,
+                seed=seed,
+                model=self.bundle.card.name,
+                steps=steps,
+                guidance=guidance,
+                latency_ms=latency_ms,
+            )
