@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from instaflow import __version__
 from instaflow.errors import DataError, InstaFlowError, PromptError
@@ -23,6 +23,7 @@ app = App(
     name="instaflow",
     version=__version__,
     help="Text to image in one network evaluation, and the whole way to make such a model.",
+    help_format="markdown",
     help_epilogue="Start with: instaflow generate 'a red apple'",
 )
 
@@ -46,11 +47,12 @@ def generate(
 ) -> None:
     """Draw pictures from sentences.
 
-    Examples:
-        instaflow generate "a red apple"
-        instaflow generate "a red apple" "a green tree" -n 4 --seed 7 --grid -o sheet.png
-        instaflow generate "cat" --style noto
-        instaflow generate --file prompts.txt -o pictures/
+    ```
+    instaflow generate "a red apple"
+    instaflow generate "a red apple" "a green tree" -n 4 --seed 7 --grid -o sheet.png
+    instaflow generate "cat" --style noto
+    instaflow generate --file prompts.txt -o pictures/
+    ```
 
     Parameters
     ----------
@@ -94,17 +96,23 @@ def generate(
 
     done: list[Drawing] = []
     quiet = len(wanted) == 1 or not sys.stderr.isatty()
-    for drawing, path in zip(track(drawings, "drawing", total=len(wanted), disable=quiet), paths, strict=True):
-        done.append(drawing)
+    for drawing in track(drawings, "drawing", total=len(wanted), disable=quiet):
         if not grid:
-            drawing.save(path)
+            path = drawing.save(paths[len(done)])
             _say(path, drawing)
+        done.append(drawing)
     if grid:
         _save_sheet(done, paths[0], columns=number if number > 1 else 8)
 
 
-def _load(model: Path | None) -> InstaFlow:
+def _hush() -> None:
+    """Before they are imported, tell the libraries to keep their own bars and notes to themselves."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _load(model: Path | None) -> InstaFlow:
+    _hush()
     from instaflow.generate import InstaFlow
 
     flow = InstaFlow.load(model)
@@ -162,9 +170,10 @@ def _file_name(prompt: str) -> str:
 def run(recipe: Path, *, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")) -> None:
     """Carry out all stages of a recipe; what is done is skipped, what was begun goes on.
 
-    Examples:
-        instaflow run recipes/smoke.toml
-        instaflow run recipes/emoji.toml --dry-run
+    ```
+    instaflow run recipes/smoke.toml
+    instaflow run recipes/emoji.toml --dry-run
+    ```
 
     Parameters
     ----------
@@ -182,8 +191,9 @@ def train(
 ) -> None:
     """Train one stage of a recipe: autoencoder, teacher, reflow or distil, by its name or kind.
 
-    Example:
-        instaflow train recipes/emoji.toml --stage teacher
+    ```
+    instaflow train recipes/emoji.toml --stage teacher
+    ```
     """
     _carry_out(recipe, stage, ("autoencoder", "teacher", "reflow", "distil"), dry_run, root, cache)
 
@@ -194,8 +204,9 @@ def pairs(
 ) -> None:
     """Draw a recipe's pairs (prompt, noise, latents) with its teacher.
 
-    Example:
-        instaflow pairs recipes/emoji.toml
+    ```
+    instaflow pairs recipes/emoji.toml
+    ```
     """
     _carry_out(recipe, stage, ("pairs",), dry_run, root, cache)
 
@@ -211,8 +222,9 @@ def evaluate(
 ) -> None:
     """Measure a recipe's models: distances, retrieval, straightness, a grid of the same noises.
 
-    Example:
-        instaflow evaluate recipes/emoji.toml
+    ```
+    instaflow evaluate recipes/emoji.toml
+    ```
     """
     _carry_out(recipe, stage, ("evaluate",), dry_run, root, cache)
 
@@ -231,7 +243,7 @@ def _carry_out(
     if dry_run:
         _print_costs(recipe, stage)
         return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _hush()
     from instaflow.training.run import Run
 
     Run(recipe, root, cache=cache).run(_evaluate, stage)
@@ -268,13 +280,17 @@ def _print_costs(recipe: Recipe, only: str | None) -> None:
 
     from instaflow.training.cost import cost
 
-    table = Table("stage", "kind", "images", "U-Net forwards", "pairs, MB", title=f"recipe {recipe.name}: what it costs")
+    table = Table(
+        "stage", "kind", "images", "U-Net forwards", "pairs, MB", title=f"recipe {recipe.name}: what it costs"
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     stages = [recipe.stage(only)] if only else recipe.stages
     bills = [cost(stage, recipe) for stage in stages]
     for b in bills:
-        table.add_row(b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.storage_mb:,.1f}" if b.storage_mb else "")
+        table.add_row(
+            b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.storage_mb:,.1f}" if b.storage_mb else ""
+        )
     total = (sum(b.images for b in bills), sum(b.forwards for b in bills), sum(b.storage_mb for b in bills))
     table.add_row("all", "", f"{total[0]:,}", f"{total[1]:,}", f"{total[2]:,.1f}", style="bold")
     Console().print(table)
@@ -282,12 +298,19 @@ def _print_costs(recipe: Recipe, only: str | None) -> None:
 
 @app.command
 def data(
-    name: str, *, size: int = 64, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None, cache: Cache = Path("data")
+    name: str,
+    *,
+    size: int = 64,
+    styles: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    cache: Cache = Path("data"),
 ) -> None:
-    """Fetch and rasterise a data set; so far 'emoji', nine openly licensed hands, about 11,000 pictures.
+    """Fetch and rasterise a data set: 'emoji', nine openly licensed hands, about 11,000 pictures.
 
-    Example:
-        instaflow data emoji --size 64
+    ```
+    instaflow data emoji
+    instaflow data emoji --size 128 --styles noto twemoji
+    ```
 
     Parameters
     ----------
@@ -295,8 +318,10 @@ def data(
         emoji.
     size
         Side of the pictures in pixels.
+    styles
+        These hands only.
     out
-        The Parquet file to write.
+        The folder to write, a Parquet file a style.
     """
     if name != "emoji":
         raise DataError(f"unknown data set {name!r}; allowed: emoji. A folder or .parquet file needs no such step")
@@ -305,20 +330,21 @@ def data(
     from instaflow.data.emoji import make_emoji
     from instaflow.data.pictures import read_pictures
 
-    path = make_emoji(out or cache / f"emoji-{size}.parquet", size=size, cache=cache / "npm")
-    found = read_pictures(path)
+    folder = make_emoji(out or cache / f"emoji-{size}", size=size, styles=styles, cache=cache / "npm")
+    found = read_pictures(folder, styles=styles)
     for split in ("train", "validation", "test"):
         part = [p for p in found if p.split == split]
         print(f"{split:10} {len(part):6,} pictures of {len({p.hexcode for p in part}):5,} concepts")
-    print(path)
+    print(folder)
 
 
 @app.command
 def inspect(model: Path | None = None) -> None:
     """Print what a bundle is: its kind, lineage and measured results; without a path, the default model.
 
-    Example:
-        instaflow inspect runs/emoji/one-step/bundle
+    ```
+    instaflow inspect runs/emoji/one-step/bundle
+    ```
     """
     import msgspec
     from rich import print_json
@@ -331,10 +357,18 @@ def inspect(model: Path | None = None) -> None:
 def main() -> None:
     """Run the command line: 0 good, 2 the user's mistake in one line, 1 ours, 130 interrupted."""
     try:
-        app()
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except InstaFlowError as error:
-        print(f"instaflow: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except CycloptsError as error:
+        _fail(f"{error} (instaflow --help)")
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("instaflow: interrupted; run the same line again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"instaflow: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,7 +1,7 @@
 """Prompts → pictures: the public API.
 
-    from instaflow import InstaFlow
-    InstaFlow.load().generate("a red apple", seed=7).save("apple.png")
+from instaflow import InstaFlow
+InstaFlow.load().generate("a red apple", seed=7).save("apple.png")
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class InstaFlow:
         guidance: float | None = None,
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
-        return next(
-            self.generate_many([prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance)
-        )
+        return next(self.generate_many([prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance))
 
     def generate_many(
         self,
@@ -136,7 +134,9 @@ class InstaFlow:
             pixels = self.bundle.decode(latents)[0]
             latency_ms = 1000 * (time.perf_counter() - start)
             if not torch.isfinite(latents).all():
-                raise PromptError(f"{self.bundle.card.name!r} drew NaN for {prompt!r}: its weights or precision are broken")
+                raise PromptError(
+                    f"{self.bundle.card.name!r} drew NaN for {prompt!r}: its weights or precision are broken"
+                )
             yield Drawing(
                 image=Image.fromarray(np.ascontiguousarray(pixels)),
                 prompt=prompt,

@@ -194,7 +194,9 @@ class Recipe(Spec, kw_only=True):
         for stage in self.stages:
             if name in (stage.name, kind(stage)):
                 return stage
-        raise RecipeError(f"no stage {name!r} in recipe {self.name!r}; it has: {', '.join(s.name for s in self.stages)}")
+        raise RecipeError(
+            f"no stage {name!r} in recipe {self.name!r}; it has: {', '.join(s.name for s in self.stages)}"
+        )
 
 
 def kind(stage: Stage) -> str:

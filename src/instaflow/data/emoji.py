@@ -1,7 +1,7 @@
 """Openly licensed emoji pictures with real captions, from pinned packages of the npm registry.
 
 `make_emoji` fetches each package with `npm pack`, checks its hash, rasterises the drawings and
-writes one Parquet file in the schema of `data.pictures`. The emoji are about 1,900 concepts drawn
+writes one Parquet file a style in the schema of `data.pictures`. The emoji are about 1,900 concepts drawn
 by up to nine hands, so train / validation / test are split by *concept*: a test concept is unseen
 in every style, and so are its gender variants.
 """
@@ -16,7 +16,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +140,15 @@ def fetch(package: Package, cache: Path) -> tarfile.TarFile:
 
 
 def read_json(archive: tarfile.TarFile, name: str) -> dict:
-    """A JSON member of an npm archive."""
-    member = archive.extractfile(f"package/{name}")
+    """A JSON member of an npm archive.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    try:
+        member = archive.extractfile(f"package/{name}")
+    except KeyError:
+        member = None
     if member is None:
         raise DataError(f"{archive.name} has no {name}")
     return json.load(member)
@@ -227,7 +234,7 @@ def drawings(style: str, archive: tarfile.TarFile, by_slug: dict[str, str]) -> I
     icons = read_json(archive, "icons.json")
     try:
         codes = {name: normal(code) for code, name in read_json(archive, "chars.json").items()}
-    except KeyError:
+    except DataError:  # a set that lists names only
         codes = {}
     for name, icon in icons["icons"].items():
         code = codes.get(name) or by_slug.get(slug(name))
@@ -252,7 +259,9 @@ def name_index(concepts: dict[str, Concept], cache: Path) -> dict[str, str]:
 # -- the data set ------------------------------------------------------------------------------
 
 
-def draw_style(style: str, size: int, concepts: dict[str, Concept], by_slug: dict[str, str], cache: Path) -> list[Picture]:
+def draw_style(
+    style: str, size: int, concepts: dict[str, Concept], by_slug: dict[str, str], cache: Path
+) -> list[Picture]:
     """Every picture of one style, without blanks and exact repeats, in order of hexcode."""
     package = STYLES[style]
     with fetch(package, cache) as archive:
@@ -286,24 +295,26 @@ def draw_style(style: str, size: int, concepts: dict[str, Concept], by_slug: dic
     return pictures
 
 
-def make_emoji(out: Path, *, size: int = 64, styles: tuple[str, ...] = tuple(STYLES), cache: Path) -> Path:
-    """Write the emoji data set as one Parquet file; a file already there is kept.
+def make_emoji(folder: Path, *, size: int = 64, styles: Sequence[str] = (), cache: Path) -> Path:
+    """Write the emoji data set, one Parquet file a style; files already there are kept.
 
     Args:
-        out: the Parquet file to write.
+        folder: where the Parquet files go.
         size: side of the pictures in pixels.
-        styles: names of `STYLES`.
+        styles: names of `STYLES`; empty means all.
         cache: folder for the fetched packages.
 
     Raises:
         DataError: an unknown style, or a package that cannot be fetched or is not the pinned one.
     """
-    if out.exists():
-        return out
-    for style in styles:
+    wanted = styles or tuple(STYLES)
+    for style in wanted:
         if style not in STYLES:
             raise DataError(f"unknown style {style!r}; allowed: {', '.join(STYLES)}")
-    concepts = read_concepts(cache)
-    by_slug = name_index(concepts, cache)
-    pictures = [p for style in styles for p in draw_style(style, size, concepts, by_slug, cache)]
-    return write_parquet(pictures, out)
+    missing = [style for style in wanted if not (folder / f"{style}.parquet").exists()]
+    if missing:
+        concepts = read_concepts(cache)
+        by_slug = name_index(concepts, cache)
+        for style in missing:
+            write_parquet(draw_style(style, size, concepts, by_slug, cache), folder / f"{style}.parquet")
+    return folder

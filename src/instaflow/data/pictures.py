@@ -47,7 +47,7 @@ class Picture:
         try:
             image = Image.open(io.BytesIO(self.image))
             image.load()
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all four
             raise DataError(f"unreadable picture {self.name!r} ({self.source}): {error}") from error
         if image.mode != "RGB":
             rgba = image.convert("RGBA")
@@ -66,9 +66,9 @@ class Picture:
         'tomato, noto', 'tomato, fruit, vegetable', 'vegetable, noto'.
         """
         draw = rng.random()
-        if draw < 0.6 or not self.keywords:
+        if draw < 0.75 or not self.keywords:
             words = self.name
-        elif draw < 0.8:
+        elif draw < 0.85:
             words = f"{self.name}, {rng.choice(self.keywords)}"
         else:
             words = rng.choice(self.keywords)
@@ -89,19 +89,21 @@ def write_parquet(pictures: Sequence[Picture], path: Path) -> Path:
 
 
 def read_pictures(source: str | Path, *, split: str | None = None, styles: Sequence[str] = ()) -> list[Picture]:
-    """Pictures from a Parquet file, a folder of `*.png` + `*.txt`, or a hub data set id.
+    """Pictures from Parquet (a file or a folder of them), a folder of `*.png` + `*.txt`, or a hub data set id.
 
     Args:
         source: path or hub id. A Parquet file or data set needs the columns `image` and `name`
             (or `text`); a folder needs a caption file beside every picture.
         split: keep one of train, validation, test. None keeps all.
-        styles: keep these styles; empty keeps all.
+        styles: keep these styles, in this order; empty keeps all.
 
     Raises:
         DataError: nothing there, unreadable, a column or caption missing, an unknown style.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and (files := sorted(path.glob("*.parquet"))):
+        pictures = [p for file in files for p in _from_parquet(file)]
+    elif path.is_dir():
         pictures = list(_from_folder(path))
     elif path.suffix == ".parquet":
         pictures = _from_parquet(path)
@@ -113,7 +115,9 @@ def read_pictures(source: str | Path, *, split: str | None = None, styles: Seque
     for style in styles:
         if style not in known:
             raise DataError(f"unknown style {style!r} in {source}; it has: {', '.join(known)}")
-    kept = [p for p in pictures if split in (None, p.split) and (not styles or p.style in styles)]
+    if styles:
+        pictures = [p for style in styles for p in pictures if p.style == style]
+    kept = [p for p in pictures if split in (None, p.split)]
     if not kept:
         raise DataError(f"{source} has no pictures with split {split!r}")
     return kept
@@ -127,7 +131,10 @@ def _from_folder(folder: Path) -> Iterable[Picture]:
         text = file.with_suffix(".txt")
         if not text.exists():
             raise DataError(f"{file} has no caption: expected {text.name} beside it")
-        caption = text.read_text(encoding="utf-8").strip()
+        try:
+            caption = text.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{text} is not UTF-8 text: {error.reason} at byte {error.start}") from error
         if not caption:
             raise DataError(f"{text} is empty: expected a caption")
         yield Picture(image=file.read_bytes(), name=caption, source=str(file))

@@ -26,7 +26,7 @@ from instaflow.evaluate.retrieval import RidgeMap, fit_map, recall
 from instaflow.flow import straightness
 from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle, bundle_hash
-from instaflow.models.networks import decode_latents, encode_pictures
+from instaflow.models.networks import encode_pictures
 from instaflow.models.sampling import noise, sample
 
 PROTOCOL = "emoji-heldout, version 1"
@@ -132,7 +132,8 @@ class Ruler:
             "recall": round(near.recall, 3),
             "r_at_1": round(found[1], 3),
             "r_at_5": round(found[5], 3),
-            "diversity": round(diversity(features, concepts), 2),
+            # of a prompt drawn once there is none
+            "diversity": round(diversity(features, concepts), 2) if len(np.unique(concepts)) < len(concepts) else None,
         }
 
 
@@ -173,13 +174,16 @@ def evaluate(
     first = Bundle.load(entrants[0].folder, device=device)
     size = first.card.image_size
     rng = np.random.default_rng(seed)
-    known = [train[i] for i in sorted(rng.permutation(len(train))[: len(test)])]
+    chosen = sorted(rng.permutation(len(train))[: min(len(test), len(train) // 2)])
+    known = [train[i] for i in chosen]
     splits = [make_split("unseen", test, count, size, seed), make_split("seen", known, count, size, seed)]
 
     features = Lite0(device)
     real_train = features(np.stack([p.pixels(size) for p in train]), progress=True)
     project = fit_projection(real_train, min(COMPONENTS, len(train) - 1))
-    ridge = fit_map(real_train, sentence_embeddings(first, [p.name for p in train]))
+    # The map never saw the real pictures that it is asked about, or their score would be no honest ceiling.
+    others = np.setdiff1d(np.arange(len(train)), chosen)
+    ridge = fit_map(real_train[others], sentence_embeddings(first, [train[i].name for i in others]))
     rulers = [
         Ruler(
             features=features,
@@ -216,10 +220,14 @@ def evaluate(
             "straightness": straightness_of(bundle, splits[0], 1.0),
         }
         for split, ruler in zip(splits, rulers, strict=True):
-            pictures = kept(folder / "drawn" / f"{key}-{split.name}.npy", lambda b=bundle, e=entrant, s=split: draw(b, e, s))
+            pictures = kept(
+                folder / "drawn" / f"{key}-{split.name}.npy", lambda b=bundle, e=entrant, s=split: draw(b, e, s)
+            )
             entry[split.name] = ruler.measure(pictures, split.concepts)
             half = GRID_COLUMNS // 2
-            rows[entrant.label] = np.concatenate([*([rows[entrant.label]] if entrant.label in rows else []), pictures[:half]])
+            rows[entrant.label] = np.concatenate(
+                [*([rows[entrant.label]] if entrant.label in rows else []), pictures[:half]]
+            )
         report["models"][entrant.label] = entry
     captions = [p for s in splits for p in s.prompts[: GRID_COLUMNS // 2]]
     write(report, rows, captions, folder)

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import msgspec
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
@@ -104,9 +106,10 @@ class Bundle:
         count = len(tokens["input_ids"])
         if count > self.prompt_tokens:
             end = tokens["offset_mapping"][self.prompt_tokens - 2][1]
+            read = " ".join(prompt[max(0, end - 30) : end].split())
             raise PromptError(
                 f"the prompt has {count} tokens and this model reads {self.prompt_tokens}: "
-                f"it would stop after '…{prompt[max(0, end - 30):end]}'; shorten it"
+                f"it would stop after '…{read}'; shorten it"
             )
 
     def check_request(self, *, steps: int, guidance: float, size: int) -> None:
@@ -114,7 +117,9 @@ class Bundle:
         kind = self.card.kind
         if steps < 1 or (kind == "one-step" and steps != 1):
             allowed = "1" if kind == "one-step" else "1 or more"
-            raise PromptError(f"steps={steps} is not allowed for the {kind} model {self.card.name!r}; allowed: {allowed}")
+            raise PromptError(
+                f"steps={steps} is not allowed for the {kind} model {self.card.name!r}; allowed: {allowed}"
+            )
         if not 1 <= guidance <= self.card.max_guidance:
             raise PromptError(
                 f"guidance={guidance:g} is not allowed for the {kind} model {self.card.name!r}; "
@@ -141,25 +146,25 @@ class Bundle:
         for part in PARTS:
             if not (folder / part).is_dir():
                 raise BundleError(f"{folder} has no {part}/: it is not a whole bundle")
-        try:
+        for file in ("tokenizer.json", "tokenizer_config.json"):  # without them the library makes up an empty one
+            if not (folder / "tokenizer" / file).is_file():
+                raise BundleError(f"{folder / 'tokenizer'} has no {file}: it is not a whole bundle")
+        with reading(folder / "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        with reading(folder / "scheduler"):
+            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        with reading(folder / "vae" / "config.json"):
             vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
             vae_type = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[vae_class]
-            only_safe: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False}
-            return cls(
-                unet=_ready(UNet2DConditionModel.from_pretrained(folder / "unet", **only_safe), device),
-                vae=_ready(vae_type.from_pretrained(folder / "vae", **only_safe), device),
-                text_encoder=_ready(
-                    BertModel.from_pretrained(
-                        folder / "text_encoder", use_safetensors=True, add_pooling_layer=False, dtype=torch.float32
-                    ),
-                    device,
-                ),
-                tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-                scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-                card=card,
-            )
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise BundleError(f"cannot load {folder}: {str(error).splitlines()[0][:200]}") from error
+        bert: dict[str, Any] = {"add_pooling_layer": False, "dtype": torch.float32}
+        return cls(
+            unet=_ready(load_network(UNet2DConditionModel, folder / "unet", low_cpu_mem_usage=False), device),
+            vae=_ready(load_network(vae_type, folder / "vae", low_cpu_mem_usage=False), device),
+            text_encoder=_ready(load_network(BertModel, folder / "text_encoder", **bert), device),
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            card=card,
+        )
 
     def save(self, folder: Path, *, half: bool = True) -> Path:
         """Write the bundle, whole or not at all; weights as fp16 when `half`."""
@@ -184,6 +189,30 @@ class Bundle:
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""
         return replace(self, card=msgspec.structs.replace(self.card, **changes))
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading `place` becomes one line that names it."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"cannot load {place}: {reason[:200]}") from error
+
+
+def load_network(family: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained`, refusing weights that are not exactly the network's: the libraries make up missing ones.
+
+    Raises:
+        BundleError: unreadable, or tensors missing or left over.
+    """
+    with reading(folder):
+        network, info = family.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    for what, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        if keys:
+            raise BundleError(f"{folder} {what} weights: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}")
+    return network
 
 
 def _ready(network: Any, device: str | torch.device) -> Any:

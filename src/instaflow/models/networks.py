@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
@@ -38,11 +40,16 @@ def build_autoencoder(spec: Autoencoder) -> AutoencoderDC:
 def build_unet(spec: Teacher, *, latent_channels: int, latent_size: int, text_width: int) -> UNet2DConditionModel:
     """A `UNet2DConditionModel` with cross-attention where the recipe says.
 
+    The prompt also reaches every residual block: pooled by attention, added to the time embedding and
+    applied as scale and shift, so that the finest level knows it too.
+
     Raises:
         BundleError: widths and attention differ in length.
     """
     if len(spec.widths) != len(spec.attention):
-        raise BundleError(f"stage {spec.name!r}: widths has {len(spec.widths)} entries, attention {len(spec.attention)}")
+        raise BundleError(
+            f"stage {spec.name!r}: widths has {len(spec.widths)} entries, attention {len(spec.attention)}"
+        )
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
@@ -53,8 +60,13 @@ def build_unet(spec: Teacher, *, latent_channels: int, latent_size: int, text_wi
         layers_per_block=spec.layers,
         cross_attention_dim=text_width,
         # diffusers reads this as the number of heads
-        attention_head_dim=tuple(max(1, w // HEAD_WIDTH) if w % max(1, w // HEAD_WIDTH) == 0 else 1 for w in spec.widths),
-        norm_num_groups=min(32, *spec.widths),
+        attention_head_dim=tuple(
+            max(1, w // HEAD_WIDTH) if w % max(1, w // HEAD_WIDTH) == 0 else 1 for w in spec.widths
+        ),
+        norm_num_groups=math.gcd(32, *spec.widths),
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=max(1, text_width // HEAD_WIDTH),
     )
 
 

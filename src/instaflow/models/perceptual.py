@@ -41,7 +41,7 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
 
-    def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
+    def train(self, mode: bool = True) -> PerceptualDistance:
         """Stays in evaluation mode: its batch norms are fixed."""
         return super().train(False)
 

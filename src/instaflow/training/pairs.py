@@ -31,7 +31,9 @@ def draw_prompts(pictures: Sequence[Picture], count: int, mixtures: float, seed:
     return prompts[:count]
 
 
-def draw_pairs(spec: Pairs, bundle: Bundle, prompts: list[str], folder: Path, *, teacher: str, workers: tuple[int, int] = (0, 1)) -> None:
+def draw_pairs(
+    spec: Pairs, bundle: Bundle, prompts: list[str], folder: Path, *, teacher: str, workers: tuple[int, int] = (0, 1)
+) -> None:
     """Draw every shard that is not there yet; a damaged one is drawn anew.
 
     Args:
@@ -79,5 +81,7 @@ def draw_pairs(spec: Pairs, bundle: Bundle, prompts: list[str], folder: Path, *,
                 )
         x1 = torch.cat(parts)
         if not x1.isfinite().all():
-            raise DataError(f"{spec.name}: the teacher drew NaN in shard {shard}; it is broken or its precision too low")
+            raise DataError(
+                f"{spec.name}: the teacher drew NaN in shard {shard}; it is broken or its precision too low"
+            )
         write_shard(path, prompts=[prompts[i] for i in indices], seeds=[spec.seed + i for i in indices], x1=x1)

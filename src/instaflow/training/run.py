@@ -1,8 +1,8 @@
 """A recipe's stages, one after another; a stage whose output is there is skipped.
 
-    runs/<recipe>/recipe.toml      the recipe, every default said
-    runs/<recipe>/<stage>/         checkpoint, metrics.jsonl, samples/ of one stage
-    runs/<recipe>/<stage>/bundle/  what it made (pairs: shards in <stage>/pairs/)
+runs/<recipe>/recipe.toml      the recipe, every default said
+runs/<recipe>/<stage>/         checkpoint, metrics.jsonl, samples/ of one stage
+runs/<recipe>/<stage>/bundle/  what it made (pairs: shards in <stage>/pairs/)
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Run:
         data = self.recipe.data
         if data.source != "emoji":
             return data.source
-        return str(make_emoji(self.cache / f"emoji-{data.size}.parquet", size=data.size, cache=self.cache / "npm"))
+        folder = self.cache / f"emoji-{data.size}"
+        return str(make_emoji(folder, size=data.size, styles=data.styles, cache=self.cache / "npm"))
 
     def pictures(self, split: str) -> list[Picture]:
         """The recipe's pictures of one split."""

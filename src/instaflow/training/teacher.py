@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from instaflow.data.pictures import Picture
@@ -61,7 +60,11 @@ def prompt_preview(
 
     def preview(_network: nn.Module, path: Path) -> None:
         latents = sample(
-            bundle, captions, seeds=range(len(captions)), steps=steps or bundle.card.steps, guidance=bundle.card.guidance
+            bundle,
+            captions,
+            seeds=range(len(captions)),
+            steps=steps or bundle.card.steps,
+            guidance=bundle.card.guidance,
         )
         save_grid(bundle.decode(latents), path)
 

@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from instaflow.errors import DataError
 from instaflow.recipe import Train
 
 Batch = dict[str, Tensor]
@@ -79,6 +82,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     """
     # -- set up -----------------------------------------------------------------------------
     folder.mkdir(parents=True, exist_ok=True)
+    AcceleratorState._reset_state()  # it would keep the precision of the run's first stage
     accelerator = Accelerator(mixed_precision=spec.precision)
     plain = stage.network.train().to(accelerator.device, memory_format=torch.channels_last)
     ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
@@ -145,15 +149,25 @@ def save(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim
 
 
 def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer) -> int:
-    """Load `checkpoint.pt` if there is one; returns the step to go on from."""
+    """Load `checkpoint.pt` if there is one; returns the step to go on from.
+
+    Raises:
+        DataError: the file is damaged, or of another network.
+    """
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        step = int(state["step"])
+    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"damaged checkpoint {path}: {reason[:150]}; remove it to train from the beginning") from error
+    ema.to(next(network.parameters()).device)  # it keeps the file's device
+    return step
 
 
 # -- what a person watches -------------------------------------------------------------------------
@@ -165,7 +179,7 @@ class Log:
     def __init__(self, path: Path, start: int, every: int = 20) -> None:
         """Open for appending after step `start`."""
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        kept = [line for line in lines if _step(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
         self.path, self.every = path, every
         self.losses: list[Tensor] = []
@@ -188,6 +202,14 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.losses, self.since = [], time.monotonic()
+
+
+def _step(line: str) -> float:
+    """The step of a log line; a line torn by a crash counts as past every checkpoint."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def progress(shown: bool) -> Progress:

@@ -1,0 +1,259 @@
+"""The losses of reflow and distillation, derived a second time; prompts and their states."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from instaflow.data.pairs import PairSet
+from instaflow.data.pictures import Picture
+from instaflow.models.bundle import Bundle
+from instaflow.recipe import Distil, Reflow, Train
+from instaflow.training.batches import TextCache
+from instaflow.training.distil import distil_stage
+from instaflow.training.pairs import draw_prompts
+from instaflow.training.reflow import reflow_stage, times
+from instaflow.training.trainer import Draw
+
+TRAIN = Train(steps=1, batch_size=5)
+REFLOW = Reflow(name="reflow", model="m", pairs="p", train=TRAIN)
+DISTIL = Distil(name="distil", model="m", pairs="p", train=TRAIN)
+
+
+@pytest.fixture
+def pairs() -> PairSet:
+    x1 = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    return PairSet(prompts=["a red apple", "blue", "the sun"], seeds=[5, 6, 7], x1=x1.half())
+
+
+def states_of(bundle: Bundle, prompt: str) -> Tensor:
+    """Token states straight from the text encoder, at the precision they are cached in."""
+    tokens = bundle.tokenizer([prompt], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        return bundle.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0].half().float()
+
+
+class Spy(nn.Module):
+    """A U-Net that remembers what it was asked."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, time: Tensor, states: Tensor) -> SimpleNamespace:
+        self.asked.append((x, time, states))
+        return self.unet(x, time, states)
+
+
+# -- reflow ------------------------------------------------------------------------------------
+
+
+def expected_reflow(bundle: Bundle, pairs: PairSet, step: int) -> float:
+    """‖(X₁ − X₀) − v(X_t, t | T)‖² of one batch, sample by sample, as the paper says it."""
+    draw = Draw(0, step)
+    chosen = draw.indices(len(pairs), TRAIN.batch_size)
+    empty = [draw.python.random() < REFLOW.empty_prompts for _ in chosen]
+    ts = draw.uniform(TRAIN.batch_size).tolist()
+    errors = []
+    for i, dropped, t in zip(chosen, empty, ts, strict=True):
+        x1 = pairs.x1[i : i + 1].float()
+        x0 = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(pairs.seeds[i]))[None]
+        x_t, states = t * x1 + (1 - t) * x0, states_of(bundle, "" if dropped else pairs.prompts[i])
+        with torch.no_grad():
+            if bundle.card.prediction == "velocity":
+                v = bundle.unet(x_t, 1000 * (1 - t), states).sample
+            else:
+                bars = bundle.scheduler.alphas_cumprod.double().numpy()
+                table = np.sqrt(bars) / (np.sqrt(bars) + np.sqrt(1 - bars))
+                time = float(np.clip(t, table[-1], table[0]))
+                a, b = (c / math.hypot(time, 1 - time) for c in (time, 1 - time))
+                x = x_t / math.hypot(t, 1 - t)
+                out = bundle.unet(x, float(np.interp(t, table[::-1], np.arange(999, -1, -1))), states).sample
+                v = (a * x - b * out) - (b * x + a * out)
+        errors.append(((x1 - x0) - v).square().mean().item())
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "v_prediction"])
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_loss_of_reflow_is_the_papers(
+    own: Callable[..., Bundle], pairs: PairSet, prediction: str, step: int
+) -> None:
+    bundle = own(kind="rectified", prediction=prediction)
+    stage = reflow_stage(REFLOW, bundle, pairs)
+    with torch.no_grad():
+        loss = stage.loss(bundle.unet, stage.batch(Draw(0, step)))
+    assert float(loss) == pytest.approx(expected_reflow(bundle, pairs, step), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "v_prediction"])
+def test_the_gradient_of_reflow_reaches_the_network(
+    own: Callable[..., Bundle], pairs: PairSet, prediction: str
+) -> None:
+    bundle = own(kind="rectified", prediction=prediction)
+    bundle.unet.requires_grad_(True)
+    stage = reflow_stage(REFLOW, bundle, pairs)
+    stage.loss(stage.network, stage.batch(Draw(0, 0))).backward()
+    reached = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in bundle.unet.parameters()]
+    assert np.mean(reached) > 0.95
+    assert all(p.grad is None for p in (*bundle.text_encoder.parameters(), *bundle.vae.parameters()))
+
+
+def test_perfect_pairs_cost_nothing(own: Callable[..., Bundle], pairs: PairSet) -> None:
+    bundle = own(kind="rectified", prediction="velocity")
+    stage = reflow_stage(REFLOW, bundle, pairs)
+    batch = stage.batch(Draw(0, 0))
+
+    class Perfect(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, states: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=batch["x1"] - batch["x0"])
+
+    assert float(stage.loss(Perfect(), batch)) == 0.0
+
+
+def test_uniform_times_are_the_draw_itself() -> None:
+    u = torch.rand(10)
+    assert torch.equal(times(REFLOW, u), u)
+
+
+def test_u_shaped_times_have_their_density() -> None:
+    spec = Reflow(name="r", model="m", pairs="p", time="u-shaped", train=TRAIN)
+    grid = np.linspace(0, 1, 200_001)
+    density = np.exp(4 * grid) + np.exp(4 * (1 - grid))
+    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    cumulative /= cumulative[-1]
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    t = times(spec, u)
+    assert t.min() >= 0 and t.max() <= 1 and (t.diff() > 0).all()
+    np.testing.assert_allclose(np.interp(t.numpy(), grid, cumulative), u.numpy(), atol=1e-8)
+    # and so drawn at random: the largest distance of the two distribution functions is within chance
+    drawn = np.sort(times(spec, torch.rand(20_000, generator=torch.Generator().manual_seed(0))).numpy())
+    ranks = (np.arange(len(drawn)) + 0.5) / len(drawn)
+    assert np.abs(np.interp(drawn, grid, cumulative) - ranks).max() < 1.63 / math.sqrt(len(drawn))
+
+
+def test_u_shaped_times_reach_both_ends_and_are_symmetric() -> None:
+    spec = Reflow(name="r", model="m", pairs="p", time="u-shaped", train=TRAIN)
+    ends = times(spec, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    np.testing.assert_allclose(ends.numpy(), [0, 0.5, 1], atol=1e-12)
+    u = torch.rand(100, dtype=torch.float64)
+    torch.testing.assert_close(times(spec, u), 1 - times(spec, 1 - u), rtol=0, atol=1e-9)
+
+
+# -- distillation ------------------------------------------------------------------------------
+
+
+def test_distilling_asks_at_exactly_1000_on_pure_noise(own: Callable[..., Bundle], pairs: PairSet) -> None:
+    bundle = own(kind="one-step", prediction="velocity")
+    stage, spy = distil_stage(DISTIL, bundle, pairs), Spy(bundle.unet)
+    batch = stage.batch(Draw(0, 0))
+    with torch.no_grad():
+        loss = stage.loss(spy, batch)
+    [(x, time, states)] = spy.asked
+    assert torch.equal(time, torch.full((5,), 1000.0)) and time.dtype == torch.float32
+    assert torch.equal(x, batch["x0"])
+    chosen = Draw(0, 0).indices(3, 5)
+    for row, i in enumerate(chosen):
+        assert torch.equal(x[row], torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(pairs.seeds[i])))
+        torch.testing.assert_close(states[row], states_of(bundle, pairs.prompts[i])[0], rtol=0, atol=2e-3)
+        assert torch.equal(batch["x1"][row], pairs.x1[i].float())
+    with torch.no_grad():
+        out = x + bundle.unet(x, torch.tensor(1000.0), states).sample
+    assert float(loss) == pytest.approx((out - batch["x1"]).square().mean().item(), rel=1e-5)
+
+
+def test_distilling_a_diffusion_network_asks_at_the_end_of_its_schedule(
+    own: Callable[..., Bundle], pairs: PairSet
+) -> None:
+    bundle = own(kind="one-step", prediction="v_prediction")
+    stage, spy = distil_stage(DISTIL, bundle, pairs), Spy(bundle.unet)
+    batch = stage.batch(Draw(0, 0))
+    with torch.no_grad():
+        loss = stage.loss(spy, batch)
+        [(x, time, states)] = spy.asked
+        out = -bundle.unet(x, torch.tensor(999.0), states).sample  # zero SNR: X₀ + v = X̂₁ = −(the output)
+    assert torch.equal(time, torch.full((5,), 999.0))
+    assert float(loss) == pytest.approx((out - batch["x1"]).square().mean().item(), rel=1e-5)
+
+
+def test_a_perfect_student_costs_nothing(own: Callable[..., Bundle], pairs: PairSet) -> None:
+    bundle = own(kind="one-step", prediction="velocity")
+    stage = distil_stage(DISTIL, bundle, pairs)
+    batch = stage.batch(Draw(0, 0))
+    with torch.no_grad():
+        v = bundle.unet(batch["x0"], torch.full((5,), 1000.0), batch["states"]).sample
+        assert float(stage.loss(bundle.unet, {**batch, "x1": batch["x0"] + v})) == 0.0
+        assert float(stage.loss(bundle.unet, {**batch, "x1": batch["x0"] + v + 0.5})) == pytest.approx(0.25, rel=1e-4)
+
+
+# -- prompts and their states --------------------------------------------------------------------
+
+
+def test_each_prompt_is_encoded_once() -> None:
+    encoded: list[str] = []
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        encoded.extend(prompts)
+        return torch.tensor([[[float(len(p))]] for p in prompts])
+
+    cache = TextCache(encode)
+    assert cache(["a", "bb", "a"]).flatten().tolist() == [1, 2, 1]
+    assert cache(["bb", "ccc", "", "a"]).flatten().tolist() == [2, 3, 0, 1]
+    assert encoded == ["a", "bb", "ccc", ""]
+    cache(["a", ""])
+    assert len(encoded) == 4
+
+
+def test_states_do_not_depend_on_when_a_prompt_was_met() -> None:
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return torch.full((len(prompts), 1, 1), 0.1)  # not a half-precision number
+
+    cache = TextCache(encode)
+    first = cache(["a"])
+    assert torch.equal(first, cache(["a"])) and first.dtype == torch.float32
+    assert first.item() == torch.tensor(0.1).half().float().item()
+
+
+def picture(i: int, style: str = "") -> Picture:
+    return Picture(image=b"", name=f"thing{i}", keywords=(f"word{i}",), style=style)
+
+
+def named(prompt: str) -> set[str]:
+    """The pictures that a prompt speaks of."""
+    words = prompt.replace(",", " ").split()
+    return {w.replace("word", "thing") for w in words if w.startswith(("thing", "word"))}
+
+
+@pytest.mark.parametrize("mixtures", [0.0, 0.5, 1.0])
+def test_prompts_speak_of_every_picture_before_the_first_returns(mixtures: float) -> None:
+    pictures = [picture(i) for i in range(40)]
+    prompts = draw_prompts(pictures, 100, mixtures, seed=3)
+    assert len(prompts) == 100
+    everything = {p.name for p in pictures}
+    for start in (0, 40):
+        assert set().union(*map(named, prompts[start : start + 40])) == everything
+    if not mixtures:  # the rest of a round repeats none
+        tail = [named(p) for p in prompts[80:]]
+        assert len(set().union(*tail)) == 20
+
+
+def test_prompts_are_a_function_of_the_seed() -> None:
+    pictures = [picture(i, "noto") for i in range(20)]
+    state = random.getstate()
+    drawn = draw_prompts(pictures, 50, 0.3, seed=1)
+    assert random.getstate() == state
+    assert drawn == draw_prompts(pictures, 50, 0.3, seed=1) != draw_prompts(pictures, 50, 0.3, seed=2)
+
+
+@pytest.mark.parametrize("mixtures", [0.0, 0.2, 1.0])
+def test_the_share_of_mixtures_is_the_one_asked_for(mixtures: float) -> None:
+    prompts = draw_prompts([picture(i, "noto") for i in range(50)], 2000, mixtures, seed=0)
+    assert np.mean([" and " in p for p in prompts]) == pytest.approx(mixtures, abs=0.04)

@@ -1,0 +1,318 @@
+"""The loop: against one written out by hand, and broken off in every way there is.
+
+Run as a program (`python test_trainer.py FOLDER STEP`) it trains until it kills itself at STEP.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from instaflow.errors import DataError
+from instaflow.recipe import Train
+from instaflow.training import trainer
+from instaflow.training.trainer import Batch, Draw, Log, Stage, learning_rate, train
+
+ALWAYS = 1e-12  # checkpoint_minutes: after every step
+NEVER = 1e6
+SPEC = Train(
+    steps=50, batch_size=8, lr=0.05, lr_warmup_steps=5, ema=0.9, precision="no", checkpoint_minutes=NEVER, grad_clip=0.5
+)
+WANTED = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+
+
+def linear_stage(at: Callable[[int], None] = lambda step: None, start: int = 0) -> Stage:
+    """Learn a 3 → 2 linear map from noise; `at(step)` is called before the batch of a step is drawn."""
+    torch.manual_seed(1)
+    network = nn.Linear(3, 2)
+    count = iter(range(start, 10**9))
+
+    def batch(draw: Draw) -> Batch:
+        at(next(count))
+        return {"x": draw.normal(SPEC.batch_size, 3), "weight": draw.uniform(SPEC.batch_size)}
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        error = (network(batch["x"]) - batch["x"] @ WANTED.T).square().mean(1)
+        return (error * batch["weight"]).mean()
+
+    return Stage(network=network, batch=batch, loss=loss)
+
+
+def run(folder: Path, stage: Stage | None = None, *, seed: int = 0, **changes: object) -> dict[str, Tensor]:
+    spec = msgspec.structs.replace(SPEC, **changes)
+    return dict(train(stage or linear_stage(), spec, folder, seed=seed, name="linear").state_dict())
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return run(tmp_path_factory.mktemp("unbroken"))
+
+
+def interrupted(step: int) -> Stage:
+    def at(now: int) -> None:
+        if now == step:
+            raise KeyboardInterrupt
+
+    return linear_stage(at)
+
+
+# -- random choices ----------------------------------------------------------------------------
+
+
+def test_a_draw_is_a_function_of_seed_and_step() -> None:
+    def everything(draw: Draw) -> tuple:
+        return draw.indices(10**6, 5), draw.normal(2, 3).tolist(), draw.uniform(4).tolist(), draw.python.random()
+
+    assert everything(Draw(3, 7)) == everything(Draw(3, 7))
+    assert len({repr(everything(Draw(*key))) for key in [(3, 7), (3, 8), (4, 7), (7, 3), (37, 0)]}) == 5
+
+
+def test_draws_have_their_distributions() -> None:
+    draw = Draw(0, 0)
+    normal, uniform = draw.normal(20_000), draw.uniform(20_000)
+    assert normal.mean().item() == pytest.approx(0, abs=0.03) and normal.std().item() == pytest.approx(1, abs=0.03)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.min() >= 0 and uniform.max() < 1
+    assert sorted(set(draw.indices(5, 500))) == [0, 1, 2, 3, 4]
+
+
+# -- the learning rate -------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero() -> None:
+    spec = Train(steps=110, lr=2.0, lr_warmup_steps=10)
+    rates = [learning_rate(spec, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0, abs=1e-12)
+    assert rates[35] == pytest.approx(1 + math.cos(math.pi / 4))
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[109] > 0
+
+
+def test_a_constant_learning_rate_stays() -> None:
+    spec = Train(steps=100, lr=2.0, lr_warmup_steps=4, lr_decay="constant")
+    assert [learning_rate(spec, s) for s in (0, 3, 4, 99)] == [0.5, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("warm", [0, 5, 50])
+def test_a_run_shorter_than_its_warm_up_still_has_a_rate(warm: int) -> None:
+    rates = [learning_rate(Train(steps=3, lr=1.0, lr_warmup_steps=warm), s) for s in range(3)]
+    assert all(0 < r <= 1 for r in rates)
+
+
+# -- the loop ----------------------------------------------------------------------------------
+
+
+def test_the_loop_equals_one_written_out_by_hand(unbroken: dict[str, Tensor]) -> None:
+    stage = linear_stage()
+    weights = {k: v.detach().clone() for k, v in stage.network.named_parameters()}
+    mean, first, second = (
+        {k: f(v) for k, v in weights.items()} for f in (torch.clone, torch.zeros_like, torch.zeros_like)
+    )
+    for step in range(SPEC.steps):
+        for w in weights.values():
+            w.requires_grad_(True).grad = None
+        batch = stage.batch(Draw(0, step))
+        out = batch["x"] @ weights["weight"].T + weights["bias"]
+        loss = ((out - batch["x"] @ WANTED.T).square().mean(1) * batch["weight"]).mean()
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        lr, n = learning_rate(SPEC, step), step + 1
+        decay = 0.0 if step == 0 else min(0.9, 1 - (1 + step) ** (-2 / 3))
+        with torch.no_grad():
+            for k, w in weights.items():
+                g = gradients[k] * min(1.0, SPEC.grad_clip / (norm + 1e-6))
+                first[k] = 0.9 * first[k] + 0.1 * g
+                second[k] = 0.99 * second[k] + 0.01 * g * g
+                w = w * (1 - lr * SPEC.weight_decay)
+                w = w - lr * (first[k] / (1 - 0.9**n)) / ((second[k] / (1 - 0.99**n)).sqrt() + 1e-8)
+                weights[k] = w.detach()
+                mean[k] = decay * mean[k] + (1 - decay) * w
+    for k, value in unbroken.items():
+        torch.testing.assert_close(value, mean[k], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_reaches_every_weight_and_the_loss_falls(tmp_path: Path) -> None:
+    before = linear_stage().network.state_dict()
+    after = run(tmp_path, steps=400, lr_decay="constant", grad_clip=100.0)
+    assert all((after[k] != before[k]).all() for k in before)
+    torch.testing.assert_close(after["weight"], WANTED, rtol=0, atol=0.05)
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert losses[-1] < losses[0] / 100
+
+
+def test_what_comes_back_is_averaged_frozen_and_in_evaluation_mode(tmp_path: Path) -> None:
+    network = train(linear_stage(), SPEC, tmp_path, seed=0, name="linear")
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    raw = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert not torch.equal(network.weight, raw["weight"])
+
+
+def test_the_seed_decides(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    assert equal(run(tmp_path / "a"), unbroken)
+    assert not equal(run(tmp_path / "b", seed=1), unbroken)
+
+
+def test_the_metrics_are_a_line_every_twenty_steps(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert [(r["step"], r["total_images"]) for r in rows(tmp_path)] == [(20, 160), (40, 320)]
+    for row in rows(tmp_path):
+        assert row["lr"] == learning_rate(SPEC, row["step"] - 1) and row["images_per_s"] > 0
+
+
+def test_previews_see_the_averaged_weights_and_change_nothing(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    seen: dict[str, Tensor] = {}
+    stage = linear_stage()
+
+    def preview(network: nn.Module, path: Path) -> None:
+        assert not network.training
+        torch.randn(100)  # a preview may use the global generator
+        seen[path.name] = network.weight.detach().clone()
+
+    stage = Stage(network=stage.network, batch=stage.batch, loss=stage.loss, preview=preview)
+    assert equal(run(tmp_path, stage, preview_every=20), unbroken)
+    assert list(seen) == ["000020.png", "000040.png", "000050.png"]
+    assert torch.equal(seen["000050.png"], unbroken["weight"])
+
+
+def test_stages_of_one_run_may_differ_in_precision(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    run(tmp_path / "a", precision="bf16", steps=2)
+    assert equal(run(tmp_path / "b"), unbroken)
+
+
+# -- broken off --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 19, 20, 37, 49])
+def test_interrupted_and_resumed_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor], step: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted(step), checkpoint_minutes=ALWAYS)
+    first: list[int] = []
+    assert equal(run(tmp_path, linear_stage(first.append, start=step)), unbroken)
+    assert first[0] == step and len(first) == SPEC.steps - step  # nothing is done twice
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+
+
+def test_interrupted_again_and_again_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, interrupted(13), checkpoint_minutes=ALWAYS)
+    assert equal(run(tmp_path), unbroken)
+
+
+def test_without_a_checkpoint_it_starts_over_and_forgets_the_old_metrics(
+    tmp_path: Path, unbroken: dict[str, Tensor]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted(45))
+    assert not (tmp_path / "checkpoint.pt").exists() and len(rows(tmp_path)) == 2
+    assert equal(run(tmp_path), unbroken)
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    run(tmp_path)
+
+    def never(step: int) -> None:
+        raise AssertionError("drew a batch")
+
+    assert equal(run(tmp_path, linear_stage(never)), unbroken)
+
+
+def test_killed_without_a_word_and_run_again_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), "33"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 33
+    assert equal(run(tmp_path), unbroken)
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+
+
+def test_a_kill_while_a_checkpoint_is_written_keeps_the_one_before(
+    tmp_path: Path, unbroken: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = torch.save, iter(range(100))
+
+    def half(state: dict, file: object) -> None:
+        if next(count) < 10:
+            real(state, file)
+        else:
+            file.write(b"PK half a checkpoint")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, checkpoint_minutes=ALWAYS)
+    assert (tmp_path / "checkpoint.tmp").exists()
+    first: list[int] = []
+    assert equal(run(tmp_path, linear_stage(first.append, start=10)), unbroken)
+    assert first[0] == 10 and len(first) == 40
+
+
+@pytest.mark.parametrize("part", [0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_names_the_file_and_the_way_out(tmp_path: Path, part: float) -> None:
+    run(tmp_path, steps=2)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(DataError) as error:
+        run(tmp_path)
+    text = str(error.value)
+    assert str(path) in text and "remove it" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("content", [b"nonsense", {"step": 3}, {"step": 3, "model": nn.Linear(4, 4).state_dict()}, [1]])
+def test_a_checkpoint_of_something_else_names_the_file(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(DataError) as error:
+        run(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_log_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 20}\n{"step": 40}\n{"st')
+    Log(path, start=30)
+    assert rows(tmp_path) == [{"step": 20}]
+
+
+def test_a_checkpoint_is_written_when_its_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved = [0.0], []
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trainer, "save", lambda folder, network, ema, optimiser, step: saved.append(step))
+
+    def at(step: int) -> None:
+        now[0] += 20.0
+
+    run(tmp_path, linear_stage(at), steps=30, checkpoint_minutes=3.0)
+    assert saved == [10, 20, 30]
+
+
+if __name__ == "__main__":
+    killed = int(sys.argv[2])
+
+    def kill(step: int) -> None:
+        if step == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(Path(sys.argv[1]), linear_stage(kill), checkpoint_minutes=ALWAYS)
