@@ -1,4 +1,4 @@
-"""Every command of the README is run, the long ones shrunk; together they carry the smoke recipe through every stage."""
+"""Every command of the README is run, the long ones shrunk; together they are the smoke recipe's every stage."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ Prediction = Literal["epsilon", "v_prediction", "velocity"]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What every part of a recipe is: frozen, no unknown fields. (msgspec does not inherit kw_only.)"""
+    """What every part of a recipe is: frozen, no unknown fields; msgspec does not hand kw_only down."""
 
 
-class Data(Spec, kw_only=True):
+class Data(Spec, frozen=True, kw_only=True):
     """Which pictures."""
 
     source: str = "emoji"
@@ -42,7 +42,7 @@ class Data(Spec, kw_only=True):
     """Keep the first so many training pictures; 0 keeps all."""
 
 
-class Train(Spec, kw_only=True):
+class Train(Spec, frozen=True, kw_only=True):
     """How a network is trained: the same fields for every stage."""
 
     steps: Count
@@ -71,7 +71,7 @@ class Train(Spec, kw_only=True):
     """Steps between sample grids."""
 
 
-class Autoencoder(Spec, kw_only=True, tag="autoencoder", tag_field="kind"):
+class Autoencoder(Spec, frozen=True, kw_only=True, tag="autoencoder", tag_field="kind"):
     """Pictures ↔ latents: a deep-compression autoencoder (DC-AE, arXiv 2410.10733), factor 8."""
 
     name: str
@@ -83,7 +83,7 @@ class Autoencoder(Spec, kw_only=True, tag="autoencoder", tag_field="kind"):
     train: Train
 
 
-class Teacher(Spec, kw_only=True, tag="teacher", tag_field="kind"):
+class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     """Stable Diffusion in miniature: a U-Net that denoises latents, told the prompt by cross-attention."""
 
     name: str
@@ -104,7 +104,7 @@ class Teacher(Spec, kw_only=True, tag="teacher", tag_field="kind"):
     train: Train
 
 
-class Pairs(Spec, kw_only=True, tag="pairs", tag_field="kind"):
+class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """The teacher draws (prompt, noise, latents). Only prompts are needed, no pictures."""
 
     name: str
@@ -125,7 +125,7 @@ class Pairs(Spec, kw_only=True, tag="pairs", tag_field="kind"):
     """First seed: pair i uses noise from seed + i."""
 
 
-class Reflow(Spec, kw_only=True, tag="reflow", tag_field="kind"):
+class Reflow(Spec, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
     """Text-conditioned reflow (InstaFlow, Alg. 1): regress X₁ − X₀ along straight lines between pairs."""
 
     name: str
@@ -142,7 +142,7 @@ class Reflow(Spec, kw_only=True, tag="reflow", tag_field="kind"):
     train: Train
 
 
-class Distil(Spec, kw_only=True, tag="distil", tag_field="kind"):
+class Distil(Spec, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
     """One-step distillation (InstaFlow, Alg. 2): X₀ + v(X₀, 0 | T) ≈ X₁, at t = 0 only."""
 
     name: str
@@ -154,7 +154,7 @@ class Distil(Spec, kw_only=True, tag="distil", tag_field="kind"):
     train: Train
 
 
-class Evaluate(Spec, kw_only=True, tag="evaluate", tag_field="kind"):
+class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
     name: str
@@ -168,7 +168,7 @@ class Evaluate(Spec, kw_only=True, tag="evaluate", tag_field="kind"):
 Stage = Autoencoder | Teacher | Pairs | Reflow | Distil | Evaluate
 
 
-class Recipe(Spec, kw_only=True):
+class Recipe(Spec, frozen=True, kw_only=True):
     """A whole run."""
 
     name: str
@@ -238,7 +238,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{_explain(str(error), raw)} ({path})") from error
 
 
-def _explain(message: str, raw: dict) -> str:
+def _explain(message: str, raw: dict[str, object]) -> str:
     """msgspec's 'Expected `float` > 0.0 - at `$.stages[0].train.lr`' with the value that was given."""
     text, _, place = message.partition(" - at `$")
     place = place.rstrip("`").lstrip(".")

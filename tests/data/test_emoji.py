@@ -222,7 +222,7 @@ def test_concepts_leave_out_flags(small_world: Path) -> None:
 
 
 def test_the_data_set_has_every_drawing_once_with_its_concept(small_world: Path, tmp_path: Path) -> None:
-    out = emoji.make_emoji(tmp_path / "emoji.parquet", size=16, styles=("noto",), cache=small_world)
+    out = emoji.make_emoji(tmp_path / "emoji-16", size=16, styles=("noto",), cache=small_world)
     found = {p.name: p for p in read_pictures(out)}
     assert set(found) == {"tomato", "red heart"}  # the blank and the repeat are left out
     heart = found["red heart"]
@@ -232,15 +232,14 @@ def test_the_data_set_has_every_drawing_once_with_its_concept(small_world: Path,
 
 
 def test_a_data_set_that_is_there_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "emoji.parquet"
-    out.write_bytes(b"mine")
-    assert emoji.make_emoji(out, cache=tmp_path / "none") == out
-    assert out.read_bytes() == b"mine"
+    (tmp_path / "noto.parquet").write_bytes(b"mine")
+    assert emoji.make_emoji(tmp_path, styles=("noto",), cache=tmp_path / "none") == tmp_path
+    assert (tmp_path / "noto.parquet").read_bytes() == b"mine"
 
 
 def test_an_unknown_style_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown style 'oil'; allowed: noto"):
-        emoji.make_emoji(tmp_path / "x.parquet", styles=("oil",), cache=tmp_path / "cache")
+        emoji.make_emoji(tmp_path / "x", styles=("oil",), cache=tmp_path / "cache")
 
 
 def test_a_package_without_the_file_says_so(tmp_path: Path) -> None:

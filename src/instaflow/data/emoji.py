@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.progress import track
@@ -139,7 +140,7 @@ def fetch(package: Package, cache: Path) -> tarfile.TarFile:
     return tarfile.open(path)
 
 
-def read_json(archive: tarfile.TarFile, name: str) -> dict:
+def read_json(archive: tarfile.TarFile, name: str) -> Any:
     """A JSON member of an npm archive.
 
     Raises:
@@ -150,7 +151,7 @@ def read_json(archive: tarfile.TarFile, name: str) -> dict:
     except KeyError:
         member = None
     if member is None:
-        raise DataError(f"{archive.name} has no {name}")
+        raise DataError(f"{archive.name!s} has no {name}")
     return json.load(member)
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -45,7 +46,7 @@ class Picture:
             DataError: the bytes are not a picture.
         """
         try:
-            image = Image.open(io.BytesIO(self.image))
+            image: Image.Image = Image.open(io.BytesIO(self.image))
             image.load()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all four
             raise DataError(f"unreadable picture {self.name!r} ({self.source}): {error}") from error
@@ -166,7 +167,7 @@ def _from_hub(name: str) -> list[Picture]:
     return [_from_row(dict(row), f"{name}:{i}") for i, row in enumerate(data)]
 
 
-def _from_row(row: dict, place: str) -> Picture:
+def _from_row(row: dict[str, Any], place: str) -> Picture:
     image = row.get("image")
     image = image.get("bytes") if isinstance(image, dict) else image
     name = row.get("name") or row.get("text") or row.get("caption")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from rich.progress import track
@@ -26,6 +27,7 @@ from instaflow.evaluate.retrieval import RidgeMap, fit_map, recall
 from instaflow.flow import straightness
 from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle, bundle_hash
+from instaflow.models.card import write_card
 from instaflow.models.networks import encode_pictures
 from instaflow.models.sampling import noise, sample
 
@@ -210,41 +212,41 @@ def evaluate(
         s.name: r.measure(reconstruct(first, s.real), s.real_concepts) for s, r in zip(splits, rulers, strict=True)
     }
     rows: dict[str, np.ndarray] = {}
+    half = GRID_COLUMNS // 2
     for entrant in entrants:
         bundle = Bundle.load(entrant.folder, device=device)
-        key = f"{bundle_hash(entrant.folder)[:16]}-{entrant.steps}-{entrant.guidance:g}-{count}-{seed}"
         entry: dict[str, Any] = {
             "kind": bundle.card.kind,
             "steps": entrant.steps,
             "guidance": entrant.guidance,
             "straightness": straightness_of(bundle, splits[0], 1.0),
         }
-        for split, ruler in zip(splits, rulers, strict=True):
-            pictures = kept(
-                folder / "drawn" / f"{key}-{split.name}.npy", lambda b=bundle, e=entrant, s=split: draw(b, e, s)
-            )
+        drawn = [draw_once(bundle, entrant, split, folder / "drawn") for split in splits]
+        for split, ruler, pictures in zip(splits, rulers, drawn, strict=True):
             entry[split.name] = ruler.measure(pictures, split.concepts)
-            half = GRID_COLUMNS // 2
-            rows[entrant.label] = np.concatenate(
-                [*([rows[entrant.label]] if entrant.label in rows else []), pictures[:half]]
-            )
+        rows[entrant.label] = np.concatenate([pictures[:half] for pictures in drawn])
         report["models"][entrant.label] = entry
-    captions = [p for s in splits for p in s.prompts[: GRID_COLUMNS // 2]]
-    write(report, rows, captions, folder)
+        if entrant.steps == bundle.card.steps:  # as it is used: its card says how good it is
+            write_card(entrant.folder, msgspec.structs.replace(bundle.card, results={"protocol": PROTOCOL, **entry}))
+    write(report, rows, [p for s in splits for p in s.prompts[:half]], folder)
     return report
 
 
-def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array from its file, or made and written whole or not at all."""
+def draw_once(bundle: Bundle, entrant: Entrant, split: Split, folder: Path) -> np.ndarray:
+    """`draw`, or what an interrupted evaluation of the same weights and protocol drew already."""
+    size, steps, guidance = len(split.prompts), entrant.steps, entrant.guidance
+    key = f"{bundle_hash(entrant.folder)[:16]}-{steps}-{guidance:g}-{size}-{split.seeds[0]}-{split.name}"
+    path = folder / f"{key}.npy"
     if path.exists():
-        return np.load(path)  # type: ignore[no-any-return]
-    array = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
+        kept: np.ndarray = np.load(path)
+        return kept
+    pictures = draw(bundle, entrant, split)
+    folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     with part.open("wb") as file:
-        np.save(file, array)
+        np.save(file, pictures)
     part.replace(path)
-    return array
+    return pictures
 
 
 @torch.inference_mode()

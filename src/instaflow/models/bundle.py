@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 from instaflow.errors import BundleError, PromptError
 from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
-from instaflow.models.card import CARD, Card, read_card
+from instaflow.models.card import Card, read_card, write_card
 from instaflow.models.networks import decode_latents
 from instaflow.models.velocity import Schedule, network_velocity
 
@@ -183,7 +183,7 @@ class Bundle:
             "scheduler": ["diffusers", type(self.scheduler).__name__],
         }
         (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (part / CARD).write_bytes(msgspec.json.format(msgspec.json.encode(self.card), indent=2) + b"\n")
+        write_card(part, self.card)
         return publish(part, folder)
 
     def with_card(self, **changes: Any) -> Bundle:

@@ -50,3 +50,10 @@ def read_card(folder: Path) -> Card:
         raise BundleError(f"{folder} has no {CARD}: it is not a bundle of this project") from error
     except msgspec.DecodeError as error:
         raise BundleError(f"damaged card {folder / CARD}: {error}") from error
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write a bundle folder's card, whole or not at all."""
+    part = folder / f"{CARD}.tmp"
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
+    part.replace(folder / CARD)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from instaflow.errors import BundleError
@@ -100,7 +101,7 @@ def build_scheduler(prediction: Prediction) -> DDIMScheduler:
     )
 
 
-def encode_pictures(vae: nn.Module, pictures: Tensor) -> Tensor:
+def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
     """Latents (B, C, H/f, W/f) of pictures (B, 3, H, W) in [−1, 1], scaled to unit deviation."""
     out = vae.encode(pictures)
     latents = out.latent if hasattr(out, "latent") else out.latent_dist.mode()
@@ -108,7 +109,7 @@ def encode_pictures(vae: nn.Module, pictures: Tensor) -> Tensor:
     return scaled
 
 
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Pictures (B, 3, H, W), nominally in [−1, 1], of latents (B, C, H/f, W/f)."""
     pictures: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
     return pictures

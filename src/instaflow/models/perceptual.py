@@ -22,6 +22,9 @@ SIDE = 128  # pixels the network is shown
 class PerceptualDistance(nn.Module):
     """Mean feature distance of two batches of pictures."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         """Load the frozen network.
 

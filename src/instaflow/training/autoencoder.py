@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ MOMENT_WEIGHT = 0.01  # enough to hold the moments, too little to cost detail
 class RoundTrip(nn.Module):
     """Encode, disturb, decode: one module, so that one forward pass trains both halves."""
 
-    def __init__(self, vae: nn.Module, latent_noise: float) -> None:
+    def __init__(self, vae: Any, latent_noise: float) -> None:
         """`latent_noise` is in standard deviations of the latents."""
         super().__init__()
         self.vae, self.latent_noise = vae, latent_noise
@@ -61,7 +62,7 @@ def autoencoder_stage(spec: Autoencoder, pictures: Sequence[Picture], size: int)
 
 
 @torch.inference_mode()
-def encode_all(vae: nn.Module, pictures: Sequence[Picture], size: int, batch_size: int = 128) -> Tensor:
+def encode_all(vae: Any, pictures: Sequence[Picture], size: int, batch_size: int = 128) -> Tensor:
     """Latents of all pictures, (N, C, size/8, size/8) fp32 on the CPU, scaled by the autoencoder's factor."""
     device = next(vae.parameters()).device
     parts = []
@@ -71,9 +72,9 @@ def encode_all(vae: nn.Module, pictures: Sequence[Picture], size: int, batch_siz
     return torch.cat(parts)
 
 
-def finish(network: nn.Module, pictures: Sequence[Picture], size: int) -> nn.Module:
+def finish(network: nn.Module, pictures: Sequence[Picture], size: int) -> Any:
     """The trained autoencoder with its scaling factor: 1 / deviation of the training latents."""
-    vae: nn.Module = network.vae
+    vae: Any = network.vae
     latents = encode_all(vae, pictures[::4], size)
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return vae

@@ -23,7 +23,8 @@ from instaflow.data.emoji import make_emoji
 from instaflow.data.pairs import MANIFEST, read_manifest, read_pairs, shard_path
 from instaflow.data.pictures import Picture, content_hash, read_pictures
 from instaflow.errors import BundleError, DataError, RecipeError
-from instaflow.models.bundle import Bundle, Card, bundle_hash, publish, save_network
+from instaflow.models.bundle import Bundle, bundle_hash, publish, save_network
+from instaflow.models.card import Card
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.recipe import Autoencoder, Distil, Evaluate, Pairs, Recipe, Reflow, Stage, Teacher, dump_recipe, kind
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
@@ -231,10 +232,7 @@ class Run:
         if pairs.x1.shape[1:] != bundle.latent_shape():
             raise DataError(f"{stage.pairs} has latents {tuple(pairs.x1.shape[1:])}, the model {bundle.latent_shape()}")
         bundle.unet.requires_grad_(True)
-        if isinstance(stage, Reflow):
-            built = reflow_stage(stage, bundle, pairs)
-        else:
-            built = distil_stage(stage, bundle, pairs)
+        built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
         built = replace(built, preview=prompt_preview(bundle, self.training_pictures, steps=1))
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         bundle.save(self.output(stage.name))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -84,7 +85,8 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # it would keep the precision of the run's first stage
     accelerator = Accelerator(mixed_precision=spec.precision)
-    plain = stage.network.train().to(accelerator.device, memory_format=torch.channels_last)
+    plain: Any = stage.network.train().to(accelerator.device)
+    plain = plain.to(memory_format=torch.channels_last)
     ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
     optimiser = torch.optim.AdamW(
         plain.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=True
