@@ -89,6 +89,8 @@ class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     name: str
     autoencoder: str
     """The stage (or bundle folder) whose autoencoder makes the latents."""
+    model: str = ""
+    """Go on from this bundle's U-Net, with its widths; empty starts from random weights."""
     prediction: Prediction = "v_prediction"
     """What the network predicts. v_prediction goes with the zero-terminal-SNR schedule (arXiv 2305.08891)."""
     widths: tuple[Count, ...] = (128, 320)
@@ -210,7 +212,7 @@ def inputs(stage: Stage) -> tuple[str, ...]:
         case Autoencoder():
             return ()
         case Teacher():
-            return (stage.autoencoder,)
+            return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
         case Pairs():
             return (stage.model,)
         case Reflow() | Distil():

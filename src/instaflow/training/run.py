@@ -170,12 +170,15 @@ class Run:
         latents = encode_all(vae, pictures, size)
         encoder, tokenizer = load_minilm()
         torch.manual_seed(self.recipe.seed)
-        unet = build_unet(
-            stage,
-            latent_channels=latents.shape[1],
-            latent_size=latents.shape[2],
-            text_width=encoder.config.hidden_size,
-        )
+        if stage.model:
+            unet = self.bundle(stage.model).unet.requires_grad_(True)
+        else:
+            unet = build_unet(
+                stage,
+                latent_channels=latents.shape[1],
+                latent_size=latents.shape[2],
+                text_width=encoder.config.hidden_size,
+            )
         card = Card(
             name=f"{self.recipe.name}-{stage.name}",
             kind="teacher",
