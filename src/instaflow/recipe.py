@@ -232,6 +232,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no such recipe: {path}") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"broken TOML: {error} ({path})") from error
     try:

@@ -153,13 +153,10 @@ class Bundle:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         with reading(folder / "scheduler"):
             scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-        with reading(folder / "vae" / "config.json"):
-            vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
-            vae_type = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[vae_class]
         bert: dict[str, Any] = {"add_pooling_layer": False, "dtype": torch.float32}
         return cls(
             unet=_ready(load_network(UNet2DConditionModel, folder / "unet", low_cpu_mem_usage=False), device),
-            vae=_ready(load_network(vae_type, folder / "vae", low_cpu_mem_usage=False), device),
+            vae=load_autoencoder(folder, device),
             text_encoder=_ready(load_network(BertModel, folder / "text_encoder", **bert), device),
             tokenizer=tokenizer,
             scheduler=scheduler,
@@ -213,6 +210,14 @@ def load_network(family: Any, folder: Path, **options: Any) -> Any:
         if keys:
             raise BundleError(f"{folder} {what} weights: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''}")
     return network
+
+
+def load_autoencoder(folder: Path, device: str | torch.device) -> Any:
+    """The autoencoder in `folder/vae`: of a bundle, or all that an autoencoder stage makes."""
+    with reading(folder / "vae" / "config.json"):
+        name = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+        family = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[name]
+    return _ready(load_network(family, folder / "vae", low_cpu_mem_usage=False), device)
 
 
 def _ready(network: Any, device: str | torch.device) -> Any:

@@ -15,18 +15,29 @@ from typing import Any
 
 import msgspec
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
 from rich.console import Console
 
 from instaflow import __version__
 from instaflow.data.emoji import make_emoji
 from instaflow.data.pairs import MANIFEST, read_manifest, read_pairs, shard_path
 from instaflow.data.pictures import Picture, content_hash, read_pictures
-from instaflow.errors import BundleError, DataError, RecipeError
-from instaflow.models.bundle import Bundle, bundle_hash, publish, save_network
+from instaflow.errors import DataError, RecipeError
+from instaflow.models.bundle import Bundle, bundle_hash, load_autoencoder, publish, save_network
 from instaflow.models.card import Card
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
-from instaflow.recipe import Autoencoder, Distil, Evaluate, Pairs, Recipe, Reflow, Stage, Teacher, dump_recipe, kind
+from instaflow.recipe import (
+    Autoencoder,
+    Distil,
+    Evaluate,
+    Pairs,
+    Recipe,
+    Reflow,
+    Stage,
+    Teacher,
+    dump_recipe,
+    kind,
+    load_recipe,
+)
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_pairs, draw_prompts
@@ -47,10 +58,10 @@ class Run:
             recipe: the run.
             root: where run folders go.
             cache: where data sets and fetched packages go.
-            device: torch device; None takes cuda, mps or cpu, the first there is.
+            device: torch device; None takes cuda where there is one, else cpu.
         """
         self.recipe, self.folder, self.cache = recipe, root / recipe.name, cache
-        self.device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.console = Console(stderr=True)
 
     # -- what stages read -----------------------------------------------------------------------
@@ -126,9 +137,13 @@ class Run:
         path = self.folder / "recipe.toml"
         if not path.exists():
             return
-        from instaflow.recipe import load_recipe
-
-        before = {s.name: s for s in load_recipe(path).stages}
+        begun = load_recipe(path)
+        for field in ("seed", "data"):
+            if getattr(begun, field) != getattr(self.recipe, field):
+                raise RecipeError(
+                    f"{self.folder} was begun with another {field}; give the recipe another name, or remove it"
+                )
+        before = {s.name: s for s in begun.stages}
         for stage in self.recipe.stages:
             old, started = before.get(stage.name), (self.folder / stage.name).exists()
             if started and old is not None and old != stage and not isinstance(stage, Evaluate):
@@ -166,7 +181,7 @@ class Run:
     def _teacher(self, stage: Teacher, folder: Path) -> None:
         size, pictures = self.recipe.data.size, self.training_pictures
         source = self.output(stage.autoencoder)
-        vae = load_autoencoder(source).to(self.device)
+        vae = load_autoencoder(source, self.device)
         latents = encode_all(vae, pictures, size)
         encoder, tokenizer = load_minilm()
         torch.manual_seed(self.recipe.seed)
@@ -239,15 +254,3 @@ class Run:
         built = replace(built, preview=prompt_preview(bundle, self.training_pictures, steps=1))
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         bundle.save(self.output(stage.name))
-
-
-def load_autoencoder(folder: Path) -> Any:
-    """The autoencoder of a bundle folder, or of an autoencoder stage's output."""
-    for family in (AutoencoderDC, AutoencoderKL):
-        try:
-            vae = family.from_pretrained(folder / "vae", use_safetensors=True, low_cpu_mem_usage=False)
-        except (OSError, ValueError, AttributeError, TypeError, RuntimeError):
-            continue
-        if vae.config["_class_name"] == family.__name__:
-            return vae.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    raise BundleError(f"{folder} has no autoencoder in vae/")

@@ -1,0 +1,56 @@
+"""A run is continued only as it was begun, and what is done is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from instaflow.errors import BundleError, RecipeError
+from instaflow.models.bundle import Bundle, load_autoencoder
+from instaflow.recipe import Data, Recipe, dump_recipe, load_recipe
+from instaflow.training.run import Run
+
+
+def never(*_: object) -> None:
+    raise AssertionError("a stage ran")
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("recipes/smoke.toml")
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"data": Data(size=64)}], ids=["seed", "data"])
+def test_a_run_begun_otherwise_is_not_continued(tmp_path: Path, recipe: Recipe, changes: dict[str, object]) -> None:
+    dump_recipe(msgspec.structs.replace(recipe, **changes), tmp_path / "smoke" / "recipe.toml")
+    with pytest.raises(RecipeError, match=f"was begun with another {next(iter(changes))}"):
+        Run(recipe, tmp_path, cache=tmp_path).run(never)
+
+
+def test_a_stage_begun_otherwise_is_not_continued(tmp_path: Path, recipe: Recipe) -> None:
+    first, *rest = recipe.stages
+    before = msgspec.structs.replace(recipe, stages=(msgspec.structs.replace(first, latent_channels=4), *rest))
+    dump_recipe(before, tmp_path / "smoke" / "recipe.toml")
+    (tmp_path / "smoke" / "autoencoder").mkdir()
+    with pytest.raises(RecipeError, match="stage 'autoencoder' was begun with other settings"):
+        Run(recipe, tmp_path, cache=tmp_path).run(never)
+
+
+def test_a_done_stage_is_skipped(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "smoke" / "teacher" / "bundle").mkdir(parents=True)
+    (tmp_path / "smoke" / "evaluate").mkdir()
+    (tmp_path / "smoke" / "evaluate" / "report.json").write_text("{}")
+    run = Run(recipe, tmp_path, cache=tmp_path)
+    run.run(never, "teacher")
+    run.run(never, "evaluate")
+    assert not run.done(recipe.stage("pairs"))
+
+
+def test_an_autoencoder_with_damaged_weights_is_named(tmp_path: Path, tiny: Bundle) -> None:
+    folder = tiny.save(tmp_path / "bundle")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="vae"):
+        load_autoencoder(folder, "cpu")
