@@ -172,7 +172,7 @@ def test_the_seed_decides(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
 
 def test_the_metrics_are_a_line_every_twenty_steps(tmp_path: Path) -> None:
     run(tmp_path)
-    assert [(r["step"], r["total_images"]) for r in rows(tmp_path)] == [(20, 160), (40, 320)]
+    assert [(r["step"], r["total_images"]) for r in rows(tmp_path)] == [(20, 160), (40, 320), (50, 400)]
     for row in rows(tmp_path):
         assert row["lr"] == learning_rate(SPEC, row["step"] - 1) and row["images_per_s"] > 0
 
@@ -207,7 +207,7 @@ def test_interrupted_and_resumed_equals_unbroken(tmp_path: Path, unbroken: dict[
     first: list[int] = []
     assert equal(run(tmp_path, linear_stage(first.append, start=step)), unbroken)
     assert first[0] == step and len(first) == SPEC.steps - step  # nothing is done twice
-    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40, 50]
 
 
 def test_interrupted_again_and_again_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
@@ -224,7 +224,7 @@ def test_without_a_checkpoint_it_starts_over_and_forgets_the_old_metrics(
         run(tmp_path, interrupted(45))
     assert not (tmp_path / "checkpoint.pt").exists() and len(rows(tmp_path)) == 2
     assert equal(run(tmp_path), unbroken)
-    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40, 50]
 
 
 def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
@@ -244,7 +244,7 @@ def test_killed_without_a_word_and_run_again_equals_unbroken(tmp_path: Path, unb
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 33
     assert equal(run(tmp_path), unbroken)
-    assert [r["step"] for r in rows(tmp_path)] == [20, 40]
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40, 50]
 
 
 def test_a_kill_while_a_checkpoint_is_written_keeps_the_one_before(
@@ -292,7 +292,7 @@ def test_a_checkpoint_of_something_else_names_the_file(tmp_path: Path, content: 
 def test_a_log_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 20}\n{"step": 40}\n{"st')
-    Log(path, start=30)
+    Log(path, start=30, last=50)
     assert rows(tmp_path) == [{"step": 20}]
 
 

@@ -92,7 +92,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
         plain.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=True
     )
     start = restore(folder, plain, ema, optimiser)
-    log = Log(folder / "metrics.jsonl", start)
+    log = Log(folder / "metrics.jsonl", start, spec.steps)
     network, optimiser = accelerator.prepare(plain, optimiser)
     if spec.compile:
         network = torch.compile(network)  # previews and saving use the plain one
@@ -176,21 +176,21 @@ def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.op
 
 
 class Log:
-    """`metrics.jsonl`, a line every `every` steps; lines past the checkpoint are dropped on resuming."""
+    """`metrics.jsonl`, a line every `every` steps and at the last; on resuming, lines past the checkpoint go."""
 
-    def __init__(self, path: Path, start: int, every: int = 20) -> None:
+    def __init__(self, path: Path, start: int, last: int, every: int = 20) -> None:
         """Open for appending after step `start`."""
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
-        self.path, self.every = path, every
+        self.path, self.last, self.every = path, last, every
         self.losses: list[Tensor] = []
         self.loss, self.since = float("nan"), time.monotonic()
 
     def add(self, step: int, loss: Tensor, lr: float, images: int) -> None:
         """Take in one step; every so often write the mean and the speed."""
         self.losses.append(loss.detach())
-        if step % self.every:
+        if step % self.every and step != self.last:
             return
         self.loss = torch.stack(self.losses).float().mean().item()
         seconds = time.monotonic() - self.since
