@@ -80,6 +80,10 @@ class Autoencoder(Spec, frozen=True, kw_only=True, tag="autoencoder", tag_field=
     """Channels at 1/2, 1/4 and 1/8 of the picture's side; one residual block each."""
     latent_noise: Annotated[float, Meta(ge=0)] = 0.1
     """Noise on the latents in training, in their standard deviations: the decoder forgives small errors."""
+    model: str = ""
+    """Go on from this stage's decoder, its encoder kept as it is, so that latents stay what they are."""
+    perceptual_weight: Annotated[float, Meta(ge=0)] = 0.0
+    """Weight of a feature distance (EfficientNet-Lite1) beside L1 on pixels."""
     train: Train
 
 
@@ -91,6 +95,8 @@ class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     """The stage (or bundle folder) whose autoencoder makes the latents."""
     model: str = ""
     """Go on from this bundle's U-Net, with its widths; empty starts from random weights."""
+    styles: tuple[str, ...] = ()
+    """Train on these of the data's styles; empty takes all. Later stages draw what their model knows."""
     prediction: Prediction = "v_prediction"
     """What the network predicts. v_prediction goes with the zero-terminal-SNR schedule (arXiv 2305.08891)."""
     widths: tuple[Count, ...] = (128, 320)
@@ -210,7 +216,7 @@ def inputs(stage: Stage) -> tuple[str, ...]:
     """Names of the stages or folders that a stage reads."""
     match stage:
         case Autoencoder():
-            return ()
+            return (stage.model,) if stage.model else ()
         case Teacher():
             return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
         case Pairs():

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from instaflow.errors import BundleError, RecipeError
+from instaflow.data.pictures import Picture, write_parquet
+from instaflow.errors import BundleError, DataError, RecipeError
 from instaflow.models.bundle import Bundle, load_autoencoder
 from instaflow.recipe import Data, Recipe, dump_recipe, load_recipe
 from instaflow.training.run import Run
@@ -54,3 +55,15 @@ def test_an_autoencoder_with_damaged_weights_is_named(tmp_path: Path, tiny: Bund
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BundleError, match="vae"):
         load_autoencoder(folder, "cpu")
+
+
+def test_a_stage_takes_the_styles_it_names(tmp_path: Path, recipe: Recipe) -> None:
+    pictures = [
+        Picture(image=b"", name=n, style=s, split="train") for n, s in [("a", "flat"), ("b", "oil"), ("c", "flat")]
+    ]
+    path = write_parquet(pictures, tmp_path / "data.parquet")
+    run = Run(msgspec.structs.replace(recipe, data=Data(source=str(path))), tmp_path, cache=tmp_path)
+    assert [p.name for p in run.in_styles(("flat",))] == ["a", "c"]
+    assert [p.name for p in run.in_styles(())] == ["a", "b", "c"]
+    with pytest.raises(DataError, match="unknown style 'ink'; the data has: flat, oil"):
+        run.in_styles(("flat", "ink"))

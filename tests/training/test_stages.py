@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 import random
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from instaflow.data.pairs import PairSet
 from instaflow.data.pictures import Picture
+from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
-from instaflow.recipe import Distil, Reflow, Train
+from instaflow.models.networks import decode_latents, encode_pictures
+from instaflow.models.perceptual import PerceptualDistance
+from instaflow.recipe import Autoencoder, Distil, Reflow, Train
+from instaflow.training.autoencoder import MOMENT_WEIGHT, autoencoder_stage
 from instaflow.training.batches import TextCache
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_prompts
@@ -192,6 +200,56 @@ def test_a_perfect_student_costs_nothing(own: Callable[..., Bundle], pairs: Pair
         v = bundle.unet(batch["x0"], torch.full((5,), 1000.0), batch["states"]).sample
         assert float(stage.loss(bundle.unet, {**batch, "x1": batch["x0"] + v})) == 0.0
         assert float(stage.loss(bundle.unet, {**batch, "x1": batch["x0"] + v + 0.5})) == pytest.approx(0.25, rel=1e-4)
+
+
+# -- the autoencoder ---------------------------------------------------------------------------------
+
+
+def squares(count: int, side: int = 32) -> list[Picture]:
+    """Coloured squares on white."""
+    pictures = []
+    for i in range(count):
+        pixels = np.full((side, side, 3), 255, np.uint8)
+        pixels[4 + i : 20 + i, 6:24] = (40 * i, 200 - 30 * i, 90)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        pictures.append(Picture(image=file.getvalue(), name=f"square {i}"))
+    return pictures
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_loss_of_the_autoencoder_is_l1_the_moments_and_the_features(weight: float) -> None:
+    spec = Autoencoder(
+        name="a", latent_channels=4, widths=(8, 16, 16), latent_noise=0.0, perceptual_weight=weight, train=TRAIN
+    )
+    stage = autoencoder_stage(spec, squares(4), 32)
+    batch = stage.batch(Draw(0, 0))
+    network: Any = stage.network
+    with torch.no_grad():
+        loss = stage.loss(network, batch)
+        z = network.vae.encode(batch["pictures"]).latent
+        out = network.vae.decode(z).sample
+        channels = z.transpose(0, 1).flatten(1)
+        moments = (channels.mean(1) ** 2).mean() + (channels.std(1) + 1e-6).log().square().mean()
+        wanted = (out - batch["pictures"]).abs().mean() + MOMENT_WEIGHT * moments
+        if weight:
+            wanted = wanted + weight * PerceptualDistance()(out, batch["pictures"])
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_going_on_from_an_autoencoder_trains_its_decoder_alone(tiny: Bundle) -> None:
+    vae = copy.deepcopy(tiny.vae)
+    pictures = to_tensor(np.stack([p.pixels(32) for p in squares(4)]))
+    with torch.no_grad():
+        latents, before = encode_pictures(vae, pictures), decode_latents(vae, encode_pictures(vae, pictures))
+    spec = Autoencoder(name="d", model="a", latent_channels=4, train=TRAIN)
+    stage = autoencoder_stage(spec, squares(4), 32, vae=vae)
+    optimiser = torch.optim.SGD(stage.network.parameters(), lr=0.1)
+    stage.loss(stage.network, stage.batch(Draw(0, 0))).backward()
+    optimiser.step()
+    with torch.no_grad():
+        assert torch.equal(encode_pictures(vae, pictures), latents)
+        assert not torch.equal(decode_latents(vae, latents), before)
 
 
 # -- prompts and their states --------------------------------------------------------------------

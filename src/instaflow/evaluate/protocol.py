@@ -3,11 +3,12 @@
 For every model: pictures of (concept, style) prompts with fixed seeds; Fréchet distance and KID on Lite0
 features against the real pictures of the same concepts; retrieval of the prompt's concept, with the real
 pictures' own score as its ceiling; precision, recall, diversity; straightness S(Z) of the flow.
-The same prompts and the same noises for every model.
+The same prompts and the same noises for every model, in the styles that the first one knows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from rich.progress import track
 
 from instaflow.data.pictures import Picture, content_hash
+from instaflow.errors import DataError
 from instaflow.evaluate.distances import bootstrap, diversity, fit_projection, frechet, kid, precision_recall
 from instaflow.evaluate.features import Lite0
 from instaflow.evaluate.plots import bars, grid
@@ -31,7 +33,7 @@ from instaflow.models.card import write_card
 from instaflow.models.networks import encode_pictures
 from instaflow.models.sampling import noise, sample
 
-PROTOCOL = "emoji-heldout, version 1"
+PROTOCOL = "emoji-heldout, version 2"
 BATCH = 64
 COMPONENTS = 64
 STRAIGHTNESS_SAMPLES, STRAIGHTNESS_STEPS = 128, 25
@@ -176,7 +178,12 @@ def evaluate(
     first = Bundle.load(entrants[0].folder, device=device)
     size = first.card.image_size
     rng = np.random.default_rng(seed)
-    chosen = sorted(rng.permutation(len(train))[: min(len(test), len(train) // 2)])
+    styles = first.card.styles or {p.style for p in train}
+    test = [p for p in test if p.style in styles]
+    drawable = [i for i, p in enumerate(train) if p.style in styles]
+    if not test or not drawable:
+        raise DataError(f"{entrants[0].label} draws {', '.join(styles)}, and the data has no such pictures to compare")
+    chosen = sorted(rng.permutation(drawable)[: min(len(test), len(drawable) // 2)])
     known = [train[i] for i in chosen]
     splits = [make_split("unseen", test, count, size, seed), make_split("seen", known, count, size, seed)]
 
@@ -235,7 +242,8 @@ def evaluate(
 def draw_once(bundle: Bundle, entrant: Entrant, split: Split, folder: Path) -> np.ndarray:
     """`draw`, or what an interrupted evaluation of the same weights and protocol drew already."""
     size, steps, guidance = len(split.prompts), entrant.steps, entrant.guidance
-    key = f"{bundle_hash(entrant.folder)[:16]}-{steps}-{guidance:g}-{size}-{split.seeds[0]}-{split.name}"
+    prompts = hashlib.sha256("\n".join(split.prompts).encode()).hexdigest()[:8]
+    key = f"{bundle_hash(entrant.folder)[:16]}-{steps}-{guidance:g}-{size}-{split.seeds[0]}-{prompts}"
     path = folder / f"{key}.npy"
     if path.exists():
         kept: np.ndarray = np.load(path)

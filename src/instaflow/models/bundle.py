@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
@@ -46,6 +47,11 @@ class Bundle:
     tokenizer: PreTrainedTokenizerBase
     scheduler: DDIMScheduler
     card: Card
+
+    def __post_init__(self) -> None:
+        """On a CPU plain attention is the faster one: an eighth of a training step."""
+        if self.device.type == "cpu":
+            self.unet.set_attn_processor(AttnProcessor())
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,8 @@
-"""Stage: pictures ↔ latents. L1 on pixels, latents pushed to zero mean and unit deviation a channel."""
+"""Stage: pictures ↔ latents. L1 on pixels, latents pushed to zero mean and unit deviation a channel.
+
+Going on from another stage's autoencoder trains its decoder alone, for a perceptual loss say: what has
+been trained on the latents stays good.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from instaflow.data.pictures import Picture
 from instaflow.images import save_grid, to_tensor, to_uint8
 from instaflow.models.networks import build_autoencoder, encode_pictures
+from instaflow.models.perceptual import PerceptualDistance
 from instaflow.recipe import Autoencoder
 from instaflow.training.trainer import Batch, Draw, Stage
 
@@ -34,10 +39,25 @@ class RoundTrip(nn.Module):
         return self.vae.decode(disturbed).sample, latents
 
 
-def autoencoder_stage(spec: Autoencoder, pictures: Sequence[Picture], size: int) -> Stage:
-    """The autoencoder's batches and loss."""
+def autoencoder_stage(
+    spec: Autoencoder, pictures: Sequence[Picture], size: int, *, vae: Any = None, device: str = "cpu"
+) -> Stage:
+    """The autoencoder's batches and loss.
+
+    Args:
+        spec: the stage's recipe.
+        pictures: the training pictures.
+        size: their side in pixels.
+        vae: train this one's decoder; None builds a new autoencoder and trains all of it.
+        device: where the network of the perceptual loss goes.
+    """
     pixels = np.stack([p.pixels(size) for p in pictures])
     grid = size // 8
+    perceptual = PerceptualDistance().to(device) if spec.perceptual_weight else None
+    if vae is None:
+        vae = build_autoencoder(spec)
+    else:
+        vae.requires_grad_(True).encoder.requires_grad_(False)
 
     def batch(draw: Draw) -> Batch:
         chosen = draw.indices(len(pixels), spec.train.batch_size)
@@ -49,6 +69,8 @@ def autoencoder_stage(spec: Autoencoder, pictures: Sequence[Picture], size: int)
         error = (out.float() - batch["pictures"]).abs().mean()
         z = latents.float()
         moments = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) + 1e-6).log().square().mean()
+        if perceptual is not None:
+            error = error + spec.perceptual_weight * perceptual(out, batch["pictures"])
         return error + MOMENT_WEIGHT * moments
 
     def preview(network: nn.Module, path: Path) -> None:
@@ -57,8 +79,7 @@ def autoencoder_stage(spec: Autoencoder, pictures: Sequence[Picture], size: int)
             out, _ = network(shown, torch.zeros(len(shown), spec.latent_channels, grid, grid, device=shown.device))
         save_grid(to_uint8(torch.cat([shown, out])), path, columns=32)
 
-    network = RoundTrip(build_autoencoder(spec), spec.latent_noise)
-    return Stage(network=network, batch=batch, loss=loss, preview=preview)
+    return Stage(network=RoundTrip(vae, spec.latent_noise), batch=batch, loss=loss, preview=preview)
 
 
 @torch.inference_mode()

@@ -84,6 +84,18 @@ class Run:
         """The training split, read once."""
         return self.pictures("train")
 
+    def in_styles(self, styles: Sequence[str]) -> list[Picture]:
+        """The training pictures in these styles; all of them for none.
+
+        Raises:
+            DataError: the data has no such style.
+        """
+        there = {p.style for p in self.training_pictures}
+        for style in styles:
+            if style not in there:
+                raise DataError(f"unknown style {style!r}; the data has: {', '.join(sorted(there))}")
+        return [p for p in self.training_pictures if not styles or p.style in styles]
+
     def output(self, name: str) -> Path:
         """Where a stage's bundle or pairs are, or a folder given by path."""
         if "/" in name:
@@ -161,9 +173,10 @@ class Run:
             case Teacher():
                 self._teacher(stage, folder)
             case Pairs():
-                prompts = draw_prompts(self.training_pictures, stage.count, stage.mixtures, stage.seed)
-                teacher = bundle_hash(self.output(stage.model))
-                draw_pairs(stage, self.bundle(stage.model), prompts, self.output(stage.name), teacher=teacher)
+                bundle, teacher = self.bundle(stage.model), bundle_hash(self.output(stage.model))
+                pictures = self.in_styles(bundle.card.styles)
+                prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
+                draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher)
             case Reflow():
                 self._reflow(stage, folder)
             case Distil():
@@ -171,15 +184,16 @@ class Run:
 
     def _autoencoder(self, stage: Autoencoder, folder: Path) -> None:
         size = self.recipe.data.size
-        built = autoencoder_stage(stage, self.training_pictures, size)
+        vae = load_autoencoder(self.output(stage.model), self.device) if stage.model else None
+        built = autoencoder_stage(stage, self.training_pictures, size, vae=vae, device=self.device)
         network = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        vae = finish(network, self.training_pictures, size)
+        vae = network.vae if stage.model else finish(network, self.training_pictures, size)
         part = folder / "bundle.tmp"
         save_network(vae, part / "vae", half=True)
         publish(part, self.output(stage.name))
 
     def _teacher(self, stage: Teacher, folder: Path) -> None:
-        size, pictures = self.recipe.data.size, self.training_pictures
+        size, pictures = self.recipe.data.size, self.in_styles(stage.styles)
         source = self.output(stage.autoencoder)
         vae = load_autoencoder(source, self.device)
         latents = encode_all(vae, pictures, size)
@@ -251,6 +265,6 @@ class Run:
             raise DataError(f"{stage.pairs} has latents {tuple(pairs.x1.shape[1:])}, the model {bundle.latent_shape()}")
         bundle.unet.requires_grad_(True)
         built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
-        built = replace(built, preview=prompt_preview(bundle, self.training_pictures, steps=1))
+        built = replace(built, preview=prompt_preview(bundle, self.in_styles(bundle.card.styles), steps=1))
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         bundle.save(self.output(stage.name))
