@@ -41,9 +41,11 @@ def generate(
     size: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    negative: str = "",
+    safety: bool = True,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     grid: bool = False,
-    model: Path | None = None,
+    model: str | None = None,
 ) -> None:
     """Draw pictures from sentences.
 
@@ -72,12 +74,16 @@ def generate(
         Network evaluations a picture; a one-step model takes 1.
     guidance
         Classifier-free guidance; a one-step model takes 1.
+    negative
+        What guidance leads away from; needs guidance above 1.
+    safety
+        Run the model's own safety checker, when it has one.
     out
         A .png file for one picture or a grid, or a folder.
     grid
         All pictures on one sheet, a row a prompt.
     model
-        A bundle folder; left out, the default model.
+        A folder, a hub id (owner/name) or a Stable Diffusion 1.x .safetensors file; left out, the default model.
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
@@ -88,9 +94,15 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    flow = _load(model)
+    flow = _load(model, safety)
     drawings = flow.generate_many(
-        [t for t, _ in wanted], seeds=[s for _, s in wanted], style=style, size=size, steps=steps, guidance=guidance
+        [t for t, _ in wanted],
+        seeds=[s for _, s in wanted],
+        style=style,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
     )
     from rich.progress import track
 
@@ -111,17 +123,20 @@ def _hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _load(model: Path | None) -> InstaFlow:
+def _load(model: str | None, safety: bool) -> InstaFlow:
     _hush()
     from instaflow.generate import InstaFlow
 
-    flow = InstaFlow.load(model)
-    flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
+    flow = InstaFlow.load(model, safety=safety)
+    if flow.bundle.card.image_size <= 128:
+        flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
     return flow
 
 
 def _say(path: Path, drawing: Drawing) -> None:
-    print(f"{path}  seed {drawing.seed}  {drawing.steps} step{'s' * (drawing.steps > 1)}  {drawing.latency_ms:.0f} ms")
+    note = "  blocked by the model's safety checker" if drawing.blocked else ""
+    steps = f"{drawing.steps} step{'s' * (drawing.steps > 1)}"
+    print(f"{path}  seed {drawing.seed}  {steps}  {drawing.latency_ms:.0f} ms{note}")
 
 
 def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:

@@ -17,9 +17,10 @@ from PIL import Image
 
 from instaflow import __version__
 from instaflow.errors import PromptError
-from instaflow.images import save_png
+from instaflow.images import save_png, to_uint8
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import DEFAULT
+from instaflow.models.networks import decode_latents
 from instaflow.models.sampling import sample
 
 LARGEST_SEED = 2**63 - 1
@@ -37,6 +38,9 @@ class Drawing:
     guidance: float
     latency_ms: float
     """Text to pixels, the batch's time shared by its pictures."""
+    negative: str = ""
+    blocked: bool = False
+    """The bundle's own safety checker objected, and the picture is black."""
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all."""
@@ -48,6 +52,10 @@ class Drawing:
             "guidance": f"{self.guidance:g}",
             "software": f"InstaFlow {__version__}",
         }
+        if self.negative:
+            text["negative prompt"] = self.negative
+        if self.blocked:
+            text["blocked"] = "by the model's safety checker"
         save_png(self.image, Path(path), text)
         return Path(path)
 
@@ -60,13 +68,19 @@ class InstaFlow:
         self.bundle = bundle
 
     @classmethod
-    def load(cls, model: str | Path | None = None, *, device: str = "cpu") -> InstaFlow:
-        """Load a bundle folder; None loads the default model that comes with the package.
+    def load(cls, model: str | Path | None = None, *, device: str = "cpu", safety: bool = True) -> InstaFlow:
+        """Load a model.
+
+        Args:
+            model: a bundle folder, ours or a diffusers one; a hub id; a Stable Diffusion 1.x .safetensors
+                file. None loads the default model that comes with the package.
+            device: torch device.
+            safety: run the model's own safety checker, when it has one.
 
         Raises:
-            BundleError: no such folder, or it is no bundle.
+            BundleError: no such model, or it cannot be read.
         """
-        return cls(Bundle.load(model or DEFAULT, device=device))
+        return cls(Bundle.load(model or DEFAULT, device=device, safety=safety))
 
     def generate(
         self,
@@ -77,9 +91,13 @@ class InstaFlow:
         size: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        negative: str = "",
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
-        return next(self.generate_many([prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance))
+        drawings = self.generate_many(
+            [prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance, negative=negative
+        )
+        return next(drawings)
 
     def generate_many(
         self,
@@ -90,6 +108,7 @@ class InstaFlow:
         size: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        negative: str = "",
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -102,6 +121,7 @@ class InstaFlow:
             size: side in pixels; None takes the model's own.
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
             guidance: classifier-free guidance; None takes the model's own.
+            negative: what guidance leads away from; needs guidance above 1.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -111,38 +131,49 @@ class InstaFlow:
         steps = card.steps if steps is None else steps
         guidance = card.guidance if guidance is None else guidance
         size = card.image_size if size is None else size
-        self.bundle.check_request(steps=steps, guidance=guidance, size=size)
+        self.bundle.check_request(steps=steps, guidance=guidance, size=size, negative=negative)
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         for seed in seeds:
             if not 0 <= seed <= LARGEST_SEED:
                 raise PromptError(f"seed={seed} is not allowed; use 0 to {LARGEST_SEED}")
         texts = [f"{p}, {style}" if style else p for p in prompts]
+        if negative:
+            self.bundle.check_prompt(negative)
         for prompt, text in zip(prompts, texts, strict=True):
             self.bundle.check_prompt(prompt)
             self.bundle.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size)
+        return self._draw(texts, seeds, steps, guidance, size, negative)
 
     def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, size: int
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, size: int, negative: str
     ) -> Iterator[Drawing]:
         # One picture a call of the networks: batched matrix products round differently with the
         # batch's size, and the same inputs must give the same bytes.
         for prompt, seed in zip(prompts, seeds, strict=True):
             start = time.perf_counter()
-            latents = sample(self.bundle, [prompt], seeds=[seed], steps=steps, guidance=guidance, size=size)
-            pixels = self.bundle.decode(latents)[0]
+            latents = sample(
+                self.bundle, [prompt], seeds=[seed], steps=steps, guidance=guidance, size=size, negative=negative
+            )
+            with torch.inference_mode():
+                decoded = decode_latents(self.bundle.vae, latents)
+            pixels = to_uint8(decoded)[0]
             latency_ms = 1000 * (time.perf_counter() - start)
-            if not torch.isfinite(latents).all():
-                raise PromptError(
-                    f"{self.bundle.card.name!r} drew NaN for {prompt!r}: its weights or precision are broken"
-                )
+            # before any safety checker: a black picture of NaN is broken, not unsafe
+            for values, what in ((latents, "its U-Net"), (decoded, "its autoencoder")):
+                if not torch.isfinite(values).all():
+                    raise PromptError(
+                        f"{self.bundle.card.name!r} drew NaN for {prompt!r}: {what}'s weights or precision are broken"
+                    )
+            blocked = self.bundle.safety is not None and self.bundle.safety.objects(pixels[None])[0]
             yield Drawing(
-                image=Image.fromarray(np.ascontiguousarray(pixels)),
+                image=Image.fromarray(np.zeros_like(pixels) if blocked else np.ascontiguousarray(pixels)),
                 prompt=prompt,
                 seed=seed,
                 model=self.bundle.card.name,
                 steps=steps,
                 guidance=guidance,
                 latency_ms=latency_ms,
+                negative=negative,
+                blocked=blocked,
             )

@@ -25,13 +25,16 @@ from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditi
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertModel, CLIPTextModel, PreTrainedTokenizerBase
 
 from instaflow.errors import BundleError, PromptError
 from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
 from instaflow.models.card import Card, read_card, write_card
-from instaflow.models.networks import decode_latents
+from instaflow.models.hub import locate
+from instaflow.models.ldm import read_ldm
+from instaflow.models.networks import build_scheduler, decode_latents
+from instaflow.models.safety import SafetyChecker
 from instaflow.models.velocity import Schedule, network_velocity
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -47,10 +50,11 @@ class Bundle:
     tokenizer: PreTrainedTokenizerBase
     scheduler: DDIMScheduler
     card: Card
+    safety: SafetyChecker | None = None
 
     def __post_init__(self) -> None:
-        """On a CPU plain attention is the faster one: an eighth of a training step."""
-        if self.device.type == "cpu":
+        """On a CPU plain attention is the faster one for few positions: an eighth of a training step."""
+        if self.device.type == "cpu" and self.unet.config.sample_size <= 16:
             self.unet.set_attn_processor(AttnProcessor())
 
     @property
@@ -81,16 +85,18 @@ class Bundle:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True, return_tensors="pt"
         ).to(self.device)
-        states: Tensor = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        # Stable Diffusion shows CLIP its padding too; BERT is told what is padding
+        mask = None if isinstance(self.text_encoder, CLIPTextModel) else tokens.attention_mask
+        states: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
         return states
 
-    def velocity(self, states: Tensor, *, guidance: float = 1.0) -> Velocity:
-        """The velocity field v(z, t | T), guided when guidance > 1."""
+    def velocity(self, states: Tensor, *, guidance: float = 1.0, negative: Tensor | None = None) -> Velocity:
+        """The velocity field v(z, t | T), guided when guidance > 1, away from `negative` or from ∅."""
         field = network_velocity(self.unet, self.card.prediction, self.schedule, states)
         if guidance == 1.0:
             return field
-        empty = self.encode([""]).expand_as(states)
-        return guided(field, network_velocity(self.unet, self.card.prediction, self.schedule, empty), guidance)
+        away = (self.encode([""]) if negative is None else negative).expand_as(states)
+        return guided(field, network_velocity(self.unet, self.card.prediction, self.schedule, away), guidance)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Any:
@@ -118,8 +124,8 @@ class Bundle:
                 f"it would stop after '…{read}'; shorten it"
             )
 
-    def check_request(self, *, steps: int, guidance: float, size: int) -> None:
-        """Raise PromptError for steps, guidance or a size that this kind of model cannot do."""
+    def check_request(self, *, steps: int, guidance: float, size: int, negative: str = "") -> None:
+        """Raise PromptError for steps, guidance, a negative prompt or a size that this kind of model cannot do."""
         kind = self.card.kind
         if steps < 1 or (kind == "one-step" and steps != 1):
             allowed = "1" if kind == "one-step" else "1 or more"
@@ -131,6 +137,15 @@ class Bundle:
                 f"guidance={guidance:g} is not allowed for the {kind} model {self.card.name!r}; "
                 f"allowed: {'1' if self.card.max_guidance == 1 else f'1 to {self.card.max_guidance:g}'}"
             )
+        if negative and guidance == 1.0:
+            raise PromptError(
+                "a negative prompt works through guidance, and guidance is 1"
+                + (
+                    "; this model has it baked in"
+                    if self.card.max_guidance == 1
+                    else f"; allowed: up to {self.card.max_guidance:g}"
+                )
+            )
         unit = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if size < unit or size % unit or size > 4 * self.card.image_size:
             raise PromptError(
@@ -141,32 +156,66 @@ class Bundle:
     # -- files ----------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Bundle:
-        """Read a bundle folder; weights become fp32.
+    def load(cls, source: str | Path, *, device: str | torch.device = "cpu", safety: bool = False) -> Bundle:
+        """Read a bundle; weights become fp32.
+
+        Args:
+            source: a diffusers-layout folder, ours or another's; a hub id; or a Stable Diffusion 1.x
+                .safetensors file in the LDM layout.
+            device: where the networks go.
+            safety: load the bundle's own safety checker too, when it has one.
 
         Raises:
-            BundleError: no such folder, a part missing or unreadable, or a card that makes no sense.
+            BundleError: nothing there, a part missing or unreadable, or a card that makes no sense.
         """
-        folder = Path(folder)
+        folder = locate(source)
+        if folder.is_file():
+            return cls._load_file(folder, device)
         card = read_card(folder)
         for part in PARTS:
             if not (folder / part).is_dir():
                 raise BundleError(f"{folder} has no {part}/: it is not a whole bundle")
-        for file in ("tokenizer.json", "tokenizer_config.json"):  # without them the library makes up an empty one
+        # without its files the library makes up an empty tokenizer
+        wanted = ["tokenizer_config.json", "tokenizer.json"]
+        if (folder / "tokenizer" / "merges.txt").is_file():
+            wanted[1] = "vocab.json"
+        for file in wanted:
             if not (folder / "tokenizer" / file).is_file():
                 raise BundleError(f"{folder / 'tokenizer'} has no {file}: it is not a whole bundle")
         with reading(folder / "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         with reading(folder / "scheduler"):
-            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-        bert: dict[str, Any] = {"add_pooling_layer": False, "dtype": torch.float32}
+            # what another kind of scheduler leaves unsaid is said here: the defaults of the solvers differ
+            config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            scheduler = DDIMScheduler.from_config({"clip_sample": False, "timestep_spacing": "linspace", **config})
         return cls(
             unet=_ready(load_network(UNet2DConditionModel, folder / "unet", low_cpu_mem_usage=False), device),
             vae=load_autoencoder(folder, device),
-            text_encoder=_ready(load_network(BertModel, folder / "text_encoder", **bert), device),
+            text_encoder=_ready(_load_text_encoder(folder / "text_encoder"), device),
             tokenizer=tokenizer,
             scheduler=scheduler,
             card=card,
+            safety=SafetyChecker.load(folder, device) if safety and (folder / "safety_checker").is_dir() else None,
+        )
+
+    @classmethod
+    def _load_file(cls, path: Path, device: str | torch.device) -> Bundle:
+        unet, vae, text_encoder, tokenizer = read_ldm(path)
+        return cls(
+            unet=_ready(unet, device),
+            vae=_ready(vae, device),
+            text_encoder=_ready(text_encoder, device),
+            tokenizer=tokenizer,
+            scheduler=build_scheduler("epsilon"),
+            card=Card(
+                name=path.stem,
+                kind="teacher",
+                prediction="epsilon",
+                image_size=vae.config.sample_size,
+                guidance=5.0,
+                licence="unknown",
+                lineage={"recognised": "Stable Diffusion 1.x, LDM layout"},
+            ),
         )
 
     def save(self, folder: Path, *, half: bool = True) -> Path:
@@ -184,6 +233,9 @@ class Bundle:
             "text_encoder": ["transformers", type(self.text_encoder).__name__],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
             "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
         }
         (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         write_card(part, self.card)
@@ -218,6 +270,14 @@ def load_network(family: Any, folder: Path, **options: Any) -> Any:
     return network
 
 
+def _load_text_encoder(folder: Path) -> Any:
+    with reading(folder / "config.json"):
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        family = {"bert": BertModel, "clip_text_model": CLIPTextModel}[kind]
+    options: dict[str, Any] = {"add_pooling_layer": False} if family is BertModel else {}
+    return load_network(family, folder, dtype=torch.float32, **options)
+
+
 def load_autoencoder(folder: Path, device: str | torch.device) -> Any:
     """The autoencoder in `folder/vae`: of a bundle, or all that an autoencoder stage makes."""
     with reading(folder / "vae" / "config.json"):
@@ -233,7 +293,11 @@ def _ready(network: Any, device: str | torch.device) -> Any:
 def save_network(network: Any, folder: Path, *, half: bool) -> None:
     """`save_pretrained`, as fp16 when `half`, leaving the network itself as it was."""
     copied = copy.deepcopy(network).half() if half else network
-    copied.save_pretrained(folder, safe_serialization=True)
+    if isinstance(network, CLIPTextModel):  # transformers ≥ 5.6 dropped the prefix that every other reader expects
+        state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in copied.state_dict().items()}
+        copied.save_pretrained(folder, state_dict=state)
+    else:
+        copied.save_pretrained(folder, safe_serialization=True)
 
 
 def publish(part: Path, folder: Path) -> Path:

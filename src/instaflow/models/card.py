@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,17 +38,19 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def read_card(folder: Path) -> Card:
-    """The card of a bundle folder.
+    """The card of a bundle folder; of a diffusers folder that is not ours, what can be recognised.
 
     Raises:
-        BundleError: no folder, no card, or a card with unknown or missing fields.
+        BundleError: no folder, neither card nor model_index.json, or a card with unknown or missing fields.
     """
     if not folder.is_dir():
         raise BundleError(f"no such bundle folder: {folder}")
     try:
         return msgspec.json.decode((folder / CARD).read_bytes(), type=Card)
     except FileNotFoundError as error:
-        raise BundleError(f"{folder} has no {CARD}: it is not a bundle of this project") from error
+        if (folder / "model_index.json").is_file():
+            return recognise(folder)
+        raise BundleError(f"{folder} has neither {CARD} nor model_index.json: it is no model folder") from error
     except msgspec.DecodeError as error:
         raise BundleError(f"damaged card {folder / CARD}: {error}") from error
 
@@ -57,3 +60,74 @@ def write_card(folder: Path, card: Card) -> None:
     part = folder / f"{CARD}.tmp"
     part.write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
     part.replace(folder / CARD)
+
+
+# -- folders that are not ours ---------------------------------------------------------------------
+
+INSTAFLOW_NAME = re.compile(r"instaflow[-_ ]?[01][._]\d ?b")
+RECTIFIED_NAME = re.compile(r"rectified[-_ ]?flow")
+TEACHERS = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"}
+
+
+def recognise(folder: Path) -> Card:
+    """The card of a diffusers folder: published InstaFlow, 2-rectified flow, or Stable Diffusion.
+
+    InstaFlow's two checkpoints share one pipeline class and one architecture; they are told apart by
+    what their README, folder or `_name_or_path` calls them.
+
+    Raises:
+        BundleError: damaged JSON, or a pipeline of another family.
+    """
+    index = _json(folder / "model_index.json")
+    unet, scheduler = _json(folder / "unet" / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
+    vae = _json(folder / "vae" / "config.json")
+    family = index.get("_class_name")
+    heading, licence = _readme(folder / "README.md")
+    names = [heading, folder.name, *_hub_name(folder), *(str(c.get("_name_or_path", "")) for c in (index, unet))]
+    size = int(unet.get("sample_size", 64)) * 2 ** (len(vae.get("block_out_channels", "1234")) - 1)
+    common: dict[str, Any] = {"image_size": size, "licence": licence, "lineage": {"recognised": family}}
+    lowered = [name.lower() for name in names]
+    if any(INSTAFLOW_NAME.search(name) for name in lowered):
+        return Card(
+            name="InstaFlow",
+            kind="one-step",
+            prediction="velocity",
+            steps=1,
+            max_guidance=1.0,
+            **common,
+        )
+    if family == "RectifiedFlowPipeline" or any(RECTIFIED_NAME.search(name) for name in lowered):
+        return Card(
+            name="2-rectified flow", kind="rectified", prediction="velocity", guidance=1.5, max_guidance=2.0, **common
+        )
+    if family in TEACHERS:
+        prediction = scheduler.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise BundleError(f"{folder}: prediction_type {prediction!r} is not read; allowed: epsilon, v_prediction")
+        return Card(name=folder.name, kind="teacher", prediction=prediction, guidance=5.0, **common)
+    raise BundleError(
+        f"{folder} is a {family}; allowed: RectifiedFlowPipeline, {', '.join(sorted(TEACHERS))}, or a bundle of ours"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing: it is not a whole bundle") from error
+    except (msgspec.DecodeError, OSError) as error:
+        raise BundleError(f"damaged {path}: {error}") from error
+    return found
+
+
+def _readme(path: Path) -> tuple[str, str]:
+    """First heading and licence of a hub README; '' and 'unknown' where it says none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    heading = re.search(r"^# *(.+)$", text, re.MULTILINE)
+    licence = re.search(r"^licen[sc]e: *(\S+)", text, re.MULTILINE)
+    return heading[1].strip() if heading else "", licence[1] if licence else "unknown"
+
+
+def _hub_name(folder: Path) -> list[str]:
+    """The hub id of a folder in the cache, …/models--owner--name/snapshots/<commit>."""
+    return [part for part in folder.parts if part.startswith("models--")]

@@ -32,28 +32,32 @@ def sample(
     steps: int,
     guidance: float = 1.0,
     size: int | None = None,
+    negative: str = "",
 ) -> Tensor:
-    """Latents (B, C, H/f, W/f) of prompts, one seed each, by the model's own sampler."""
+    """Latents (B, C, H/f, W/f) of prompts, one seed each, by the model's own sampler; guided away from `negative`."""
     x0 = noise(seeds, bundle.latent_shape(size)).to(bundle.device)
     states = bundle.encode(prompts)
+    away = None if guidance == 1.0 else bundle.encode([negative])
     if bundle.card.kind == "teacher" and bundle.card.prediction != "velocity":
-        return dpm_solver(bundle, x0, states, steps=steps, guidance=guidance)
-    return euler(bundle.velocity(states, guidance=guidance), x0, steps)
+        return dpm_solver(bundle, x0, states, away, steps=steps, guidance=guidance)
+    return euler(bundle.velocity(states, guidance=guidance, negative=away), x0, steps)
 
 
 @torch.inference_mode()
-def dpm_solver(bundle: Bundle, x0: Tensor, states: Tensor, *, steps: int, guidance: float) -> Tensor:
-    """DPM-Solver++ (2M, Lu et al. 2022) from noise x0, guided; the teacher's ODE[v_SD](X₀ | T)."""
+def dpm_solver(
+    bundle: Bundle, x0: Tensor, states: Tensor, away: Tensor | None, *, steps: int, guidance: float
+) -> Tensor:
+    """DPM-Solver++ (2M, Lu et al. 2022) from noise x0; the teacher's ODE[v_SD](X₀ | T), guided from `away` if given."""
     solver = DPMSolverMultistepScheduler.from_config(
         bundle.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
     )
     solver.set_timesteps(steps, device=x0.device)
     z = x0 * solver.init_noise_sigma
-    if guidance != 1.0:
-        states = torch.cat([bundle.encode([""]).expand_as(states), states])
+    if away is not None:
+        states = torch.cat([away.expand_as(states), states])
     for step in solver.timesteps:
         x = solver.scale_model_input(z, step)
-        if guidance == 1.0:
+        if away is None:
             out = bundle.unet(x, step, states).sample
         else:
             empty, cond = bundle.unet(torch.cat([x, x]), step, states).sample.chunk(2)

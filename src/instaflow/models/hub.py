@@ -1,0 +1,66 @@
+"""Where a model is: a folder, a single file, or an id on the Hugging Face hub. No torch here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from instaflow.errors import BundleError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+# What a bundle is made of; a repository's single-file and fp16 copies of the same weights stay where they are.
+FILES = (
+    "README.md",
+    "model_index.json",
+    "instaflow.json",
+    "*/*.json",
+    "*/*.txt",
+    "*/model.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+    "*/*-of-*.safetensors",
+)
+
+
+def locate(source: str | Path) -> Path:
+    """The folder or .safetensors file of a model; a hub id is downloaded into the cache, or found there.
+
+    Args:
+        source: a folder, a .safetensors file or an 'owner/name' of the hub.
+
+    Raises:
+        BundleError: nothing there, a pickle, or an id that is neither cached nor to be had.
+    """
+    path = Path(source)
+    if path.suffix in PICKLES:
+        raise BundleError(f"{source} is a pickle, which can run code when it is read; convert it to .safetensors first")
+    if path.is_dir() or path.is_file():
+        if path.is_file() and path.suffix != ".safetensors":
+            raise BundleError(f"{source} is no model; allowed: a folder, a .safetensors file or a hub id")
+        return path
+    if not HUB_ID.fullmatch(str(source)):
+        raise BundleError(f"no such bundle folder: {source}")
+    return download(str(source))
+
+
+def download(name: str) -> Path:
+    """Snapshot folder of a hub id in the local cache, fetched when it can be.
+
+    Raises:
+        BundleError: not cached, and the hub cannot be reached or has no such model.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except GatedRepoError as error:
+        raise BundleError(
+            f"{name} asks you to accept its terms on the hub and to log in first: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BundleError(f"no folder {name!r} here, and no model of that id on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BundleError(
+            f"no folder {name!r} here, no model of that id in the local cache, and the hub cannot be reached"
+        ) from error
