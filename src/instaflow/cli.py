@@ -285,8 +285,11 @@ def _evaluate(run: Run, stage: Evaluate) -> None:
         count=stage.count,
         seed=stage.seed,
         device=run.device,
+        workers=run.workers,
+        wait=run.processes.wait_for_everyone,
     )
-    print(f"{run.folder / stage.name / 'report.md'}: {len(report['models'])} rows")
+    if report:
+        print(f"{run.folder / stage.name / 'report.md'}: {len(report['models'])} rows")
 
 
 def _print_costs(recipe: Recipe, only: str | None) -> None:

@@ -49,6 +49,8 @@ class Train(Spec, frozen=True, kw_only=True):
     """Optimiser steps."""
     batch_size: Count = 32
     """Samples a step, over all processes."""
+    micro_batch_size: Annotated[int, Meta(ge=0)] = 0
+    """Samples a forward pass of one process; gradients add up to the whole batch. 0 takes them all at once."""
     lr: Positive = 1e-4
     """Peak learning rate of AdamW."""
     lr_warmup_steps: Annotated[int, Meta(ge=0)] = 100

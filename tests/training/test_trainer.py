@@ -1,10 +1,11 @@
 """The loop: against one written out by hand, and broken off in every way there is.
 
-Run as a program (`python test_trainer.py FOLDER STEP`) it trains until it kills itself at STEP.
+Run as a program (`python test_trainer.py FOLDER STEP RANK`) it trains until process RANK kills itself at STEP.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,12 +18,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from instaflow.errors import DataError
+from instaflow.errors import DataError, RecipeError
 from instaflow.recipe import Train
 from instaflow.training import trainer
-from instaflow.training.trainer import Batch, Draw, Log, Stage, learning_rate, train
+from instaflow.training.trainer import Batch, Draw, Log, Stage, learning_rate, split, train
 
 ALWAYS = 1e-12  # checkpoint_minutes: after every step
 NEVER = 1e6
@@ -197,6 +199,62 @@ def test_stages_of_one_run_may_differ_in_precision(tmp_path: Path, unbroken: dic
     assert equal(run(tmp_path / "b"), unbroken)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+def test_small_forward_passes_add_up_to_the_batch(tmp_path: Path, unbroken: dict[str, Tensor], size: int) -> None:
+    parts = run(tmp_path, micro_batch_size=size)
+    for key, value in unbroken.items():
+        torch.testing.assert_close(parts[key], value, rtol=0, atol=1e-6)
+    whole = split({"x": torch.arange(8), "t": torch.arange(8)}, 3)
+    assert [(p["x"].tolist(), s) for p, s in whole] == [([0, 1, 2], 3 / 8), ([3, 4, 5], 3 / 8), ([6, 7], 2 / 8)]
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+def launch(folder: Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """This file as a program in so many processes, which talk by gloo."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    program = [*launcher, __file__, str(folder), *map(str, arguments)]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-6 for k in a)
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    run(tmp_path / "one")
+    done = launch(tmp_path / "two", -1, 0)
+    assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [r["step"] for r in two] == [r["step"] for r in one] == [20, 40, 50]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    # one process goes on where two stopped: nothing is left to do, and the weights are those of one
+    assert close(run(tmp_path / "two"), unbroken)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_of_two_loses_nothing(tmp_path: Path, unbroken: dict[str, Tensor], rank: int) -> None:
+    broken = launch(tmp_path, 33, rank)
+    assert broken.returncode != 0
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 30 <= step <= 33
+    done = launch(tmp_path, -1, 0)
+    assert done.returncode == 0, done.stderr
+    assert close(run(tmp_path), unbroken)
+    assert [r["step"] for r in rows(tmp_path)] == [20, 40, 50]
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
+    with pytest.raises(RecipeError, match="linear: batch_size=8 does not divide among 3 processes"):
+        run(tmp_path)
+
+
 # -- broken off --------------------------------------------------------------------------------
 
 
@@ -239,7 +297,7 @@ def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: dict[str, Tensor]
 def test_killed_without_a_word_and_run_again_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), "33"], env=environment, capture_output=True, text=True
+        [sys.executable, __file__, str(tmp_path), "33", "0"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 33
@@ -289,10 +347,48 @@ def test_a_checkpoint_of_something_else_names_the_file(tmp_path: Path, content: 
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path) -> None:
+    run(tmp_path, steps=2)
+    path = tmp_path / "checkpoint.pt"
+    weight = torch.load(path, weights_only=True)["model"]["weight"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weight) + 5] ^= 0x10
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["step"] == 2  # torch itself does not look
+    with pytest.raises(DataError, match=r"checksum of .* does not match"):
+        run(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk")
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        filler = disk / "filler"
+
+        def fill(step: int) -> None:
+            if step == 20:
+                with contextlib.suppress(OSError), filler.open("wb") as file:
+                    while True:
+                        file.write(bytes(512))
+                        file.flush()
+
+        with pytest.raises(DataError, match=r"cannot write the checkpoint of step 21 .* the one before it is whole"):
+            run(disk, linear_stage(fill), checkpoint_minutes=ALWAYS)
+        assert sorted(p.name for p in disk.iterdir()) == ["checkpoint.pt", "filler", "metrics.jsonl"]
+        assert torch.load(disk / "checkpoint.pt", weights_only=True)["step"] == 20
+        filler.unlink()
+        assert equal(run(disk), unbroken)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_log_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 20}\n{"step": 40}\n{"st')
-    Log(path, start=30, last=50)
+    Log(path, 30, 50, Accelerator())
     assert rows(tmp_path) == [{"step": 20}]
 
 
@@ -309,10 +405,10 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(tmp_path: Path, monke
 
 
 if __name__ == "__main__":
-    killed = int(sys.argv[2])
+    killed, rank = map(int, sys.argv[2:])
 
     def kill(step: int) -> None:
-        if step == killed:
+        if step == killed and int(os.environ.get("RANK", 0)) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(Path(sys.argv[1]), linear_stage(kill), checkpoint_minutes=ALWAYS)

@@ -74,7 +74,7 @@ def open_manifest(folder: Path, manifest: Manifest) -> None:
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
+    part = path.with_suffix(f".{os.getpid()}.tmp")  # of several workers each writes the same
     part.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     os.replace(part, path)
 

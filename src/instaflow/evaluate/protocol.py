@@ -160,6 +160,8 @@ def evaluate(
     count: int,
     seed: int,
     device: str = "cpu",
+    workers: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure models side by side and write report.json, report.md and plots into `folder`.
 
@@ -174,6 +176,9 @@ def evaluate(
         count: pictures a model and split.
         seed: first seed of the noises.
         device: where to draw.
+        workers: (number of this process, how many there are); they share the drawing, and the first one
+            measures. The others return an empty report.
+        wait: returns once every process has called it.
     """
     first = Bundle.load(entrants[0].folder, device=device)
     size = first.card.image_size
@@ -186,6 +191,15 @@ def evaluate(
     chosen = sorted(rng.permutation(drawable)[: min(len(test), len(drawable) // 2)])
     known = [train[i] for i in chosen]
     splits = [make_split("unseen", test, count, size, seed), make_split("seen", known, count, size, seed)]
+
+    rank, processes = workers
+    for entrant in entrants[rank::processes]:
+        bundle = Bundle.load(entrant.folder, device=device)
+        for split in splits:
+            draw_once(bundle, entrant, split, folder / "drawn")
+    wait()
+    if rank:
+        return {}
 
     features = Lite0(device)
     real_train = features(np.stack([p.pixels(size) for p in train]), progress=True)

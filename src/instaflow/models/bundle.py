@@ -32,7 +32,6 @@ from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
 from instaflow.models.card import Card, read_card, write_card
 from instaflow.models.hub import locate
-from instaflow.models.ldm import read_ldm
 from instaflow.models.networks import build_scheduler, decode_latents
 from instaflow.models.safety import SafetyChecker
 from instaflow.models.velocity import Schedule, network_velocity
@@ -200,6 +199,8 @@ class Bundle:
 
     @classmethod
     def _load_file(cls, path: Path, device: str | torch.device) -> Bundle:
+        from instaflow.models.ldm import read_ldm  # a second of imports that a folder does not need
+
         unet, vae, text_encoder, tokenizer = read_ldm(path)
         return cls(
             unet=_ready(unet, device),

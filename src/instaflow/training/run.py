@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from instaflow import __version__
@@ -51,18 +52,31 @@ Evaluator = Callable[["Run", Evaluate], None]
 class Run:
     """A recipe being carried out in `root/<recipe name>`."""
 
-    def __init__(self, recipe: Recipe, root: Path, *, cache: Path, device: str | None = None) -> None:
+    def __init__(self, recipe: Recipe, root: Path, *, cache: Path) -> None:
         """Nothing is read or written until a stage runs.
 
         Args:
             recipe: the run.
-            root: where run folders go.
+            root: where run folders go; shared by all processes.
             cache: where data sets and fetched packages go.
-            device: torch device; None takes cuda where there is one, else cpu.
         """
         self.recipe, self.folder, self.cache = recipe, root / recipe.name, cache
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.console = Console(stderr=True)
+
+    @cached_property
+    def processes(self) -> PartialState:
+        """This process among those that its launcher started; alone when there was none."""
+        return PartialState()
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """(number of this process, how many there are)."""
+        return self.processes.process_index, self.processes.num_processes
+
+    @property
+    def device(self) -> str:
+        """This process's torch device."""
+        return str(self.processes.device)
 
     # -- what stages read -----------------------------------------------------------------------
 
@@ -72,7 +86,8 @@ class Run:
         if data.source != "emoji":
             return data.source
         folder = self.cache / f"emoji-{data.size}"
-        return str(make_emoji(folder, size=data.size, styles=data.styles, cache=self.cache / "npm"))
+        with self.processes.main_process_first():
+            return str(make_emoji(folder, size=data.size, styles=data.styles, cache=self.cache / "npm"))
 
     def pictures(self, split: str) -> list[Picture]:
         """The recipe's pictures of one split."""
@@ -133,10 +148,16 @@ class Run:
             RecipeError: an earlier run in this folder had a stage of this name with other settings.
         """
         self._check_unchanged()
-        dump_recipe(self.recipe, self.folder / "recipe.toml")
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            dump_recipe(self.recipe, self.folder / "recipe.toml")
+        else:
+            self.console.quiet = True
         stages: Sequence[Stage] = [self.recipe.stage(only)] if only else self.recipe.stages
         for stage in stages:
-            if self.done(stage):
+            done = self.done(stage)
+            self.processes.wait_for_everyone()  # all have looked before one of them writes
+            if done:
                 self.console.print(f"[dim]{stage.name}: done, in {self.output(stage.name)}[/]")
                 continue
             self.console.print(f"[bold]{stage.name}[/] ({kind(stage)})")
@@ -144,6 +165,7 @@ class Run:
                 evaluate(self, stage)
             else:
                 self.carry_out(stage)
+            self.processes.wait_for_everyone()
 
     def _check_unchanged(self) -> None:
         path = self.folder / "recipe.toml"
@@ -176,7 +198,7 @@ class Run:
                 bundle, teacher = self.bundle(stage.model), bundle_hash(self.output(stage.model))
                 pictures = self.in_styles(bundle.card.styles)
                 prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
-                draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher)
+                draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
             case Reflow():
                 self._reflow(stage, folder)
             case Distil():
@@ -188,9 +210,10 @@ class Run:
         built = autoencoder_stage(stage, self.training_pictures, size, vae=vae, device=self.device)
         network = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         vae = network.vae if stage.model else finish(network, self.training_pictures, size)
-        part = folder / "bundle.tmp"
-        save_network(vae, part / "vae", half=True)
-        publish(part, self.output(stage.name))
+        if self.processes.is_main_process:
+            part = folder / "bundle.tmp"
+            save_network(vae, part / "vae", half=True)
+            publish(part, self.output(stage.name))
 
     def _teacher(self, stage: Teacher, folder: Path) -> None:
         size, pictures = self.recipe.data.size, self.in_styles(stage.styles)
@@ -227,7 +250,8 @@ class Run:
         )
         built = teacher_stage(stage, bundle, pictures, latents)
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        bundle.save(self.output(stage.name))
+        if self.processes.is_main_process:
+            bundle.save(self.output(stage.name))
 
     def _reflow(self, stage: Reflow, folder: Path) -> None:
         bundle = self.bundle(stage.model)
@@ -267,4 +291,5 @@ class Run:
         built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
         built = replace(built, preview=prompt_preview(bundle, self.in_styles(bundle.card.styles), steps=1))
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        bundle.save(self.output(stage.name))
+        if self.processes.is_main_process:
+            bundle.save(self.output(stage.name))

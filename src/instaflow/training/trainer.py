@@ -11,12 +11,16 @@ import json
 import math
 import os
 import random
+import shutil
 import time
+import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +29,7 @@ from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from instaflow.errors import DataError
+from instaflow.errors import DataError, RecipeError
 from instaflow.recipe import Train
 
 Batch = dict[str, Tensor]
@@ -92,11 +96,13 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
         plain.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=True
     )
     start = restore(folder, plain, ema, optimiser)
-    log = Log(folder / "metrics.jsonl", start, spec.steps)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    if spec.batch_size % size:
+        raise RecipeError(f"{name}: batch_size={spec.batch_size} does not divide among {size} processes")
+    log = Log(folder / "metrics.jsonl", start, spec.steps, accelerator)
     network, optimiser = accelerator.prepare(plain, optimiser)
     if spec.compile:
         network = torch.compile(network)  # previews and saving use the plain one
-    rank, size = accelerator.process_index, accelerator.num_processes
     saved = time.monotonic()
 
     with progress(accelerator.is_main_process) as bar:
@@ -106,9 +112,14 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
             batch = {k: v[rank::size].to(accelerator.device) for k, v in stage.batch(Draw(seed, step)).items()}
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(spec, step)
-            with accelerator.autocast():
-                loss = stage.loss(network, batch)
-            accelerator.backward(loss)
+            parts, loss = split(batch, spec.micro_batch_size), torch.zeros((), device=accelerator.device)
+            for i, (part, share) in enumerate(parts):
+                # processes exchange gradients once a step
+                with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(network):
+                    with accelerator.autocast():
+                        error = share * stage.loss(network, part)
+                    accelerator.backward(error)
+                loss += error.detach()
             accelerator.clip_grad_norm_(network.parameters(), spec.grad_clip)
             optimiser.step()
             optimiser.zero_grad()
@@ -132,21 +143,42 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
                 ema.restore(plain.parameters())
 
     ema.copy_to(plain.parameters())
+    accelerator.wait_for_everyone()
     accelerator.free_memory()
     return plain.eval().requires_grad_(False)
+
+
+def split(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """Parts of at most `size` samples (0: one part), each with its share of the batch."""
+    count = len(next(iter(batch.values())))
+    size = size or count
+    starts = range(0, count, size)
+    return [({k: v[i : i + size] for k, v in batch.items()}, min(size, count - i) / count) for i in starts]
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
 
 
 def save(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """Write `checkpoint.pt` whole or not at all."""
+    """Write `checkpoint.pt` whole or not at all.
+
+    Raises:
+        DataError: it could not be written, a full disk for example; the one before it is as it was.
+    """
     part = folder / "checkpoint.tmp"
     state = {"step": step, "model": network.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
-    with part.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch says a full disk as RuntimeError
+        free = shutil.disk_usage(folder).free / 1e6
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write the checkpoint of step {step} to {folder} ({free:.0f} MB free); "
+            "the one before it is whole: make room and run again"
+        ) from error
     part.replace(folder / "checkpoint.pt")
 
 
@@ -160,12 +192,15 @@ def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.op
     if not path.exists():
         return 0
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a checksum for each tensor and reads past it
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {bad} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         step = int(state["step"])
-    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError, BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"damaged checkpoint {path}: {reason[:150]}; remove it to train from the beginning") from error
     ema.to(next(network.parameters()).device)  # it keeps the file's device
@@ -178,12 +213,13 @@ def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.op
 class Log:
     """`metrics.jsonl`, a line every `every` steps and at the last; on resuming, lines past the checkpoint go."""
 
-    def __init__(self, path: Path, start: int, last: int, every: int = 20) -> None:
-        """Open for appending after step `start`."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.path, self.last, self.every = path, last, every
+    def __init__(self, path: Path, start: int, last: int, accelerator: Accelerator, every: int = 20) -> None:
+        """Open for appending after step `start`; the main process writes the mean over all of them."""
+        if accelerator.is_main_process:
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step(line) <= start]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.path, self.last, self.every, self.accelerator = path, last, every, accelerator
         self.losses: list[Tensor] = []
         self.loss, self.since = float("nan"), time.monotonic()
 
@@ -192,7 +228,8 @@ class Log:
         self.losses.append(loss.detach())
         if step % self.every and step != self.last:
             return
-        self.loss = torch.stack(self.losses).float().mean().item()
+        mean: Any = self.accelerator.reduce(torch.stack(self.losses).float().mean(), "mean")
+        self.loss = mean.item()
         seconds = time.monotonic() - self.since
         row = {
             "step": step,
@@ -201,8 +238,9 @@ class Log:
             "lr": lr,
             "images_per_s": round(len(self.losses) * images / seconds, 2),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         self.losses, self.since = [], time.monotonic()
 
 
