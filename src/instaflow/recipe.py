@@ -114,6 +114,9 @@ class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     train: Train
 
 
+Stack = Literal["", "features", "latents"]
+
+
 class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """The teacher draws (prompt, noise, latents). Only prompts are needed, no pictures."""
 
@@ -149,6 +152,8 @@ class Reflow(Spec, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
     empty_prompts: Fraction = 0.1
     guidance: Guidance = 1.0
     """Guidance this bundle uses by default."""
+    stack: Stack = ""
+    """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
     train: Train
 
 
@@ -161,6 +166,8 @@ class Distil(Spec, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
     loss: Literal["l2", "perceptual"] = "l2"
     """l2 on latents; perceptual adds a feature distance on decoded pictures."""
     perceptual_weight: Positive = 1.0
+    stack: Stack = ""
+    """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
     train: Train
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from instaflow.data.pairs import (
     MANIFEST,
     Manifest,
+    PairReader,
     PairSet,
     open_manifest,
+    open_pairs,
     prompt_hash,
     read_manifest,
-    read_pairs,
     read_shard,
     shard_path,
     write_shard,
@@ -57,6 +58,20 @@ def refusal(path: Path) -> str:
 
 
 # -- shards ------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> PairSet:
+    """All pairs of a folder, in the order they were drawn."""
+    shards = [read_shard(shard_path(folder, i)) for i in range(read_manifest(folder).shards)]
+    return PairSet(
+        prompts=[p for s in shards for p in s.prompts],
+        seeds=[n for s in shards for n in s.seeds],
+        x1=torch.cat([s.x1 for s in shards]),
+    )
+
+
+def in_memory(pairs: PairSet) -> PairReader:
+    return PairReader([len(pairs)], lambda shard: pairs)
 
 
 def test_a_shard_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -112,10 +127,10 @@ def test_pairs_drawn_differently_are_refused_by_the_field(tmp_path: Path, field:
 
 def test_a_folder_without_pairs_and_a_damaged_manifest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pairs were drawn there"):
-        read_pairs(tmp_path)
+        everything(tmp_path)
     (tmp_path / MANIFEST).write_text('{"teacher": "t"')
     with pytest.raises(DataError, match="damaged"):
-        read_pairs(tmp_path)
+        everything(tmp_path)
 
 
 @pytest.mark.parametrize(("count", "size", "sizes"), [(4, 3, [3, 1]), (4, 4, [4]), (4, 9, [4]), (6, 2, [2, 2, 2])])
@@ -129,23 +144,67 @@ def test_shards_cover_every_pair_once(count: int, size: int, sizes: list[int]) -
 def test_a_set_is_its_shards_in_order_and_misses_none(tmp_path: Path) -> None:
     open_manifest(tmp_path, MINE)
     write_shard(shard_path(tmp_path, 1), prompts=PROMPTS[3:], seeds=[10], x1=latents()[3:])
-    with pytest.raises(DataError, match="00000"):
-        read_pairs(tmp_path)
+    with pytest.raises(DataError, match="lacks 1 of its 2 shards, the first 00000"):
+        open_pairs(tmp_path)
     write_shard(shard_path(tmp_path, 0), prompts=PROMPTS[:3], seeds=[7, 8, 9], x1=latents()[:3])
-    pairs = read_pairs(tmp_path)
+    pairs = everything(tmp_path)
     assert pairs.prompts == PROMPTS and pairs.seeds == [7, 8, 9, 10]
     assert torch.equal(pairs.x1, latents().half())
+
+
+# -- an order that is a function of the step ---------------------------------------------------
+
+
+def reader(counts: list[int], loads: list[int] | None = None) -> PairReader:
+    """Pairs whose seed is 1000·shard + row."""
+
+    def load(shard: int) -> PairSet:
+        if loads is not None:
+            loads.append(shard)
+        seeds = [1000 * shard + row for row in range(counts[shard])]
+        return PairSet(prompts=["p"] * len(seeds), seeds=seeds, x1=torch.zeros(len(seeds), 1, 1, 1))
+
+    return PairReader(counts, load)
+
+
+@pytest.mark.parametrize("counts", [[1], [5], [3, 3, 1], [4] * 40 + [2]])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_an_epoch_visits_every_pair_once(counts: list[int], size: int) -> None:
+    pairs, total = reader(counts), sum(counts)
+    steps = -(-2 * total // size)
+    seen = [n for step in range(steps) for n in pairs.batch(5, step, size).seeds]
+    everything = sorted(1000 * s + r for s, c in enumerate(counts) for r in range(c))
+    assert sorted(seen[:total]) == sorted(seen[total : 2 * total]) == everything
+    if total > 4:
+        assert seen[:total] != seen[total : 2 * total] != everything
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    counts = [7] * 50
+    forward = [reader(counts).batch(1, s, 16).seeds for s in range(40)]
+    pairs = reader(counts)
+    assert [pairs.batch(1, s, 16).seeds for s in reversed(range(40))] == forward[::-1]
+    assert reader(counts).batch(2, 0, 16).seeds != forward[0]
+
+
+def test_memory_holds_two_windows_and_each_shard_is_read_once_an_epoch() -> None:
+    loads: list[int] = []
+    pairs = reader([8] * 100, loads)
+    for step in range(100):
+        pairs.batch(0, step, 8)
+        assert len(pairs.loaded) <= 2 * PairReader.WINDOW
+    assert sorted(loads) == list(range(100))
 
 
 # -- batches of pairs --------------------------------------------------------------------------
 
 
 def test_a_batch_has_the_noise_of_its_seeds_whatever_its_size() -> None:
-    pairs = PairSet(prompts=["a", "b", "c", "d"], seeds=[11, 12, 13, 14], x1=latents().half())
+    pairs = in_memory(PairSet(prompts=["a", "b", "c", "d"], seeds=[11, 12, 13, 14], x1=latents().half()))
     encode = TextCache(lambda prompts: torch.tensor([[[float(ord(p))]] for p in prompts]))
     for size in (1, 5, 32):
         batch = pair_batch(pairs, encode, Draw(0, 3), size)
-        chosen = [ord("abcd"[i]) - ord("a") for i in Draw(0, 3).indices(4, size)]
+        chosen = [row for _, row in pairs.chosen(0, 3, size)]
         assert torch.equal(batch["x1"], latents().half().float()[chosen])
         assert torch.equal(batch["states"][:, 0, 0], torch.tensor([float(ord("abcd"[i])) for i in chosen]))
         for row, i in zip(batch["x0"], chosen, strict=True):
@@ -153,7 +212,7 @@ def test_a_batch_has_the_noise_of_its_seeds_whatever_its_size() -> None:
 
 
 def test_some_prompts_of_a_batch_are_dropped() -> None:
-    pairs = PairSet(prompts=["a"] * 4, seeds=[1, 2, 3, 4], x1=latents().half())
+    pairs = in_memory(PairSet(prompts=["a"] * 4, seeds=[1, 2, 3, 4], x1=latents().half()))
     encode = TextCache(lambda prompts: torch.tensor([[[float(len(p))]] for p in prompts]))
     kept = torch.cat([pair_batch(pairs, encode, Draw(0, s), 64, 0.25)["states"].flatten() for s in range(30)])
     assert kept.mean() == pytest.approx(0.75, abs=0.04)
@@ -189,7 +248,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
 def same(a: Path, b: Path) -> bool:
     """The same files with the same content; only the order of a shard's metadata may differ."""
     files = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
-    left, right = read_pairs(a), read_pairs(b)
+    left, right = everything(a), everything(b)
     return (
         files[0] == files[1]
         and read_manifest(a) == read_manifest(b)
@@ -199,7 +258,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def test_pairs_are_what_the_sampler_draws(tiny: Bundle, unbroken: Path) -> None:
-    pairs = read_pairs(unbroken)
+    pairs = everything(unbroken)
     assert pairs.prompts == ASKED and pairs.seeds == list(range(100, 110))
     with torch.autocast("cpu", torch.bfloat16):
         drawn = sample(tiny, ASKED[4:7], seeds=[104, 105, 106], steps=2, guidance=2.0)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from instaflow.data.pairs import PairSet
+from instaflow.data.pairs import PairReader, PairSet
 from instaflow.data.pictures import Picture
 from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
@@ -33,12 +33,16 @@ from instaflow.training.trainer import Draw
 TRAIN = Train(steps=1, batch_size=5)
 REFLOW = Reflow(name="reflow", model="m", pairs="p", train=TRAIN)
 DISTIL = Distil(name="distil", model="m", pairs="p", train=TRAIN)
+PAIRS = PairSet(
+    prompts=["a red apple", "blue", "the sun"],
+    seeds=[5, 6, 7],
+    x1=torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).half(),
+)
 
 
 @pytest.fixture
-def pairs() -> PairSet:
-    x1 = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    return PairSet(prompts=["a red apple", "blue", "the sun"], seeds=[5, 6, 7], x1=x1.half())
+def pairs() -> PairReader:
+    return PairReader([3], lambda shard: PAIRS)
 
 
 def states_of(bundle: Bundle, prompt: str) -> Tensor:
@@ -64,17 +68,17 @@ class Spy(nn.Module):
 # -- reflow ------------------------------------------------------------------------------------
 
 
-def expected_reflow(bundle: Bundle, pairs: PairSet, step: int) -> float:
+def expected_reflow(bundle: Bundle, pairs: PairReader, step: int) -> float:
     """‖(X₁ − X₀) − v(X_t, t | T)‖² of one batch, sample by sample, as the paper says it."""
     draw = Draw(0, step)
-    chosen = draw.indices(len(pairs), TRAIN.batch_size)
+    chosen = [row for _, row in pairs.chosen(0, step, TRAIN.batch_size)]
     empty = [draw.python.random() < REFLOW.empty_prompts for _ in chosen]
     ts = draw.uniform(TRAIN.batch_size).tolist()
     errors = []
     for i, dropped, t in zip(chosen, empty, ts, strict=True):
-        x1 = pairs.x1[i : i + 1].float()
-        x0 = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(pairs.seeds[i]))[None]
-        x_t, states = t * x1 + (1 - t) * x0, states_of(bundle, "" if dropped else pairs.prompts[i])
+        x1 = PAIRS.x1[i : i + 1].float()
+        x0 = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(PAIRS.seeds[i]))[None]
+        x_t, states = t * x1 + (1 - t) * x0, states_of(bundle, "" if dropped else PAIRS.prompts[i])
         with torch.no_grad():
             if bundle.card.prediction == "velocity":
                 v = bundle.unet(x_t, 1000 * (1 - t), states).sample
@@ -93,7 +97,7 @@ def expected_reflow(bundle: Bundle, pairs: PairSet, step: int) -> float:
 @pytest.mark.parametrize("prediction", ["velocity", "v_prediction"])
 @pytest.mark.parametrize("step", [0, 7])
 def test_the_loss_of_reflow_is_the_papers(
-    own: Callable[..., Bundle], pairs: PairSet, prediction: str, step: int
+    own: Callable[..., Bundle], pairs: PairReader, prediction: str, step: int
 ) -> None:
     bundle = own(kind="rectified", prediction=prediction)
     stage = reflow_stage(REFLOW, bundle, pairs)
@@ -104,7 +108,7 @@ def test_the_loss_of_reflow_is_the_papers(
 
 @pytest.mark.parametrize("prediction", ["velocity", "v_prediction"])
 def test_the_gradient_of_reflow_reaches_the_network(
-    own: Callable[..., Bundle], pairs: PairSet, prediction: str
+    own: Callable[..., Bundle], pairs: PairReader, prediction: str
 ) -> None:
     bundle = own(kind="rectified", prediction=prediction)
     bundle.unet.requires_grad_(True)
@@ -115,7 +119,7 @@ def test_the_gradient_of_reflow_reaches_the_network(
     assert all(p.grad is None for p in (*bundle.text_encoder.parameters(), *bundle.vae.parameters()))
 
 
-def test_perfect_pairs_cost_nothing(own: Callable[..., Bundle], pairs: PairSet) -> None:
+def test_perfect_pairs_cost_nothing(own: Callable[..., Bundle], pairs: PairReader) -> None:
     bundle = own(kind="rectified", prediction="velocity")
     stage = reflow_stage(REFLOW, bundle, pairs)
     batch = stage.batch(Draw(0, 0))
@@ -159,7 +163,7 @@ def test_u_shaped_times_reach_both_ends_and_are_symmetric() -> None:
 # -- distillation ------------------------------------------------------------------------------
 
 
-def test_distilling_asks_at_exactly_1000_on_pure_noise(own: Callable[..., Bundle], pairs: PairSet) -> None:
+def test_distilling_asks_at_exactly_1000_on_pure_noise(own: Callable[..., Bundle], pairs: PairReader) -> None:
     bundle = own(kind="one-step", prediction="velocity")
     stage, spy = distil_stage(DISTIL, bundle, pairs), Spy(bundle.unet)
     batch = stage.batch(Draw(0, 0))
@@ -168,18 +172,18 @@ def test_distilling_asks_at_exactly_1000_on_pure_noise(own: Callable[..., Bundle
     [(x, time, states)] = spy.asked
     assert torch.equal(time, torch.full((5,), 1000.0)) and time.dtype == torch.float32
     assert torch.equal(x, batch["x0"])
-    chosen = Draw(0, 0).indices(3, 5)
+    chosen = [row for _, row in pairs.chosen(0, 0, 5)]
     for row, i in enumerate(chosen):
-        assert torch.equal(x[row], torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(pairs.seeds[i])))
-        torch.testing.assert_close(states[row], states_of(bundle, pairs.prompts[i])[0], rtol=0, atol=2e-3)
-        assert torch.equal(batch["x1"][row], pairs.x1[i].float())
+        assert torch.equal(x[row], torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(PAIRS.seeds[i])))
+        torch.testing.assert_close(states[row], states_of(bundle, PAIRS.prompts[i])[0], rtol=0, atol=2e-3)
+        assert torch.equal(batch["x1"][row], PAIRS.x1[i].float())
     with torch.no_grad():
         out = x + bundle.unet(x, torch.tensor(1000.0), states).sample
     assert float(loss) == pytest.approx((out - batch["x1"]).square().mean().item(), rel=1e-5)
 
 
 def test_distilling_a_diffusion_network_asks_at_the_end_of_its_schedule(
-    own: Callable[..., Bundle], pairs: PairSet
+    own: Callable[..., Bundle], pairs: PairReader
 ) -> None:
     bundle = own(kind="one-step", prediction="v_prediction")
     stage, spy = distil_stage(DISTIL, bundle, pairs), Spy(bundle.unet)
@@ -192,7 +196,7 @@ def test_distilling_a_diffusion_network_asks_at_the_end_of_its_schedule(
     assert float(loss) == pytest.approx((out - batch["x1"]).square().mean().item(), rel=1e-5)
 
 
-def test_a_perfect_student_costs_nothing(own: Callable[..., Bundle], pairs: PairSet) -> None:
+def test_a_perfect_student_costs_nothing(own: Callable[..., Bundle], pairs: PairReader) -> None:
     bundle = own(kind="one-step", prediction="velocity")
     stage = distil_stage(DISTIL, bundle, pairs)
     batch = stage.batch(Draw(0, 0))

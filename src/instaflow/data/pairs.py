@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -148,16 +151,86 @@ def read_shard(path: Path) -> PairSet:
     return PairSet(prompts=json.loads(text), seeds=seeds.tolist(), x1=x1)
 
 
-def read_pairs(folder: Path) -> PairSet:
-    """All pairs of a folder, every shard verified.
+class PairReader:
+    """Pairs in an order that is a function of (seed, step), read a window of shards at a time.
+
+    An epoch visits every pair once: its shards are shuffled, then the pairs within each window of
+    `WINDOW` shards. So memory is bounded however many pairs there are, and a run goes on anywhere.
+    """
+
+    WINDOW = 16
+
+    def __init__(self, counts: Sequence[int], load: Callable[[int], PairSet]) -> None:
+        """Shard i has counts[i] pairs and is read by load(i)."""
+        self.counts, self.load, self.total = np.array(counts), load, int(sum(counts))
+        self.loaded: OrderedDict[int, PairSet] = OrderedDict()
+        self.windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many pairs."""
+        return self.total
+
+    def chosen(self, seed: int, step: int, size: int) -> list[tuple[int, int]]:
+        """(shard, row) of each sample of a step's batch."""
+        return [self._place(seed, *divmod(step * size + i, self.total)) for i in range(size)]
+
+    def batch(self, seed: int, step: int, size: int) -> PairSet:
+        """The pairs of a step's batch.
+
+        Raises:
+            DataError: a shard is missing or damaged.
+        """
+        places = self.chosen(seed, step, size)
+        shards = [(self._shard(shard), row) for shard, row in places]
+        return PairSet(
+            prompts=[s.prompts[row] for s, row in shards],
+            seeds=[s.seeds[row] for s, row in shards],
+            x1=torch.stack([s.x1[row] for s, row in shards]),
+        )
+
+    def _place(self, seed: int, epoch: int, position: int) -> tuple[int, int]:
+        order = self._order(seed, epoch)
+        ends = np.cumsum(self.counts[order])
+        window = int(np.searchsorted(ends, position, side="right")) // self.WINDOW
+        start = int(ends[window * self.WINDOW - 1]) if window else 0
+        shard, row = self._window(seed, epoch, window)[position - start]
+        return int(shard), int(row)
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        return self._remembered((seed, epoch, -1), lambda rng: rng.permutation(len(self.counts)))
+
+    def _window(self, seed: int, epoch: int, window: int) -> np.ndarray:
+        """(shard, row) of every pair of a window, shuffled, (N, 2)."""
+        shards = self._order(seed, epoch)[window * self.WINDOW : (window + 1) * self.WINDOW]
+        rows = [np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(shards, self.counts[shards], strict=True)]
+        return self._remembered((seed, epoch, window), lambda rng: rng.permutation(np.concatenate(rows)))
+
+    def _remembered(self, key: tuple[int, int, int], make: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:
+        if key not in self.windows:
+            self.windows[key] = make(np.random.default_rng([key[0], key[1], key[2] + 1]))
+            while len(self.windows) > 8:
+                self.windows.popitem(last=False)
+        return self.windows[key]
+
+    def _shard(self, shard: int) -> PairSet:
+        if shard not in self.loaded:
+            self.loaded[shard] = self.load(shard)
+            while len(self.loaded) > 2 * self.WINDOW:  # a batch may reach into the next window
+                self.loaded.popitem(last=False)
+        self.loaded.move_to_end(shard)
+        return self.loaded[shard]
+
+
+def open_pairs(folder: Path) -> PairReader:
+    """A reader of a folder's pairs; each shard is verified when it is read.
 
     Raises:
-        DataError: a shard is missing or damaged.
+        DataError: no manifest, or a shard is missing.
     """
     manifest = read_manifest(folder)
-    shards = [read_shard(shard_path(folder, i)) for i in range(manifest.shards)]
-    return PairSet(
-        prompts=[p for s in shards for p in s.prompts],
-        seeds=[n for s in shards for n in s.seeds],
-        x1=torch.cat([s.x1 for s in shards]),
+    missing = [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
+    if missing:
+        raise DataError(f"{folder} lacks {len(missing)} of its {manifest.shards} shards, the first {missing[0]:05d}")
+    return PairReader(
+        [len(manifest.indices(i)) for i in range(manifest.shards)], lambda i: read_shard(shard_path(folder, i))
     )

@@ -34,6 +34,7 @@ from instaflow.models.card import Card, read_card, write_card
 from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, decode_latents
 from instaflow.models.safety import SafetyChecker
+from instaflow.models.stacked import StackedUNet
 from instaflow.models.velocity import Schedule, network_velocity
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -43,7 +44,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 class Bundle:
     """The networks of one text-to-image model, ready to be called. All in evaluation mode."""
 
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | StackedUNet
     vae: nn.Module
     text_encoder: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ class Bundle:
             config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             scheduler = DDIMScheduler.from_config({"clip_sample": False, "timestep_spacing": "linspace", **config})
         return cls(
-            unet=_ready(load_network(UNet2DConditionModel, folder / "unet", low_cpu_mem_usage=False), device),
+            unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet), device),
             vae=load_autoencoder(folder, device),
             text_encoder=_ready(_load_text_encoder(folder / "text_encoder"), device),
             tokenizer=tokenizer,
@@ -271,6 +272,16 @@ def load_network(family: Any, folder: Path, **options: Any) -> Any:
     return network
 
 
+def _load_named(folder: Path, *families: Any) -> Any:
+    """The network in `folder`, of the one of these classes that its config names."""
+    with reading(folder / "config.json"):
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+        by_name = {family.__name__: family for family in families}
+        if name not in by_name:
+            raise ValueError(f"it is a {name}; allowed: {', '.join(by_name)}")
+    return load_network(by_name[name], folder, low_cpu_mem_usage=False)
+
+
 def _load_text_encoder(folder: Path) -> Any:
     with reading(folder / "config.json"):
         kind = json.loads((folder / "config.json").read_text())["model_type"]
@@ -281,10 +292,7 @@ def _load_text_encoder(folder: Path) -> Any:
 
 def load_autoencoder(folder: Path, device: str | torch.device) -> Any:
     """The autoencoder in `folder/vae`: of a bundle, or all that an autoencoder stage makes."""
-    with reading(folder / "vae" / "config.json"):
-        name = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
-        family = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[name]
-    return _ready(load_network(family, folder / "vae", low_cpu_mem_usage=False), device)
+    return _ready(_load_named(folder / "vae", AutoencoderDC, AutoencoderKL), device)
 
 
 def _ready(network: Any, device: str | torch.device) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from instaflow.data.pairs import PairSet
+from instaflow.data.pairs import PairReader
 from instaflow.models.sampling import noise
 from instaflow.training.trainer import Batch, Draw
 
@@ -29,11 +29,11 @@ class TextCache:
         return torch.stack([self.states[p] for p in prompts]).float()
 
 
-def pair_batch(pairs: PairSet, encode: TextCache, draw: Draw, batch_size: int, empty_prompts: float = 0.0) -> Batch:
+def pair_batch(pairs: PairReader, encode: TextCache, draw: Draw, batch_size: int, empty_prompts: float = 0.0) -> Batch:
     """A batch of pairs: x1, the noise x0 back from its seed, and token states."""
-    chosen = draw.indices(len(pairs), batch_size)
-    prompts = [pairs.prompts[i] for i in chosen]
+    chosen = pairs.batch(draw.seed, draw.step, batch_size)
+    prompts = chosen.prompts
     if empty_prompts:
         prompts = ["" if draw.python.random() < empty_prompts else p for p in prompts]
-    x1 = pairs.x1[chosen].float()
-    return {"x1": x1, "x0": noise([pairs.seeds[i] for i in chosen], x1.shape[1:]), "states": encode(prompts)}
+    x1 = chosen.x1.float()
+    return {"x1": x1, "x0": noise(chosen.seeds, x1.shape[1:]), "states": encode(prompts)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from instaflow.data.pairs import PairSet
+from instaflow.data.pairs import PairReader
 from instaflow.flow import euler
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents
@@ -16,7 +16,7 @@ from instaflow.training.batches import TextCache, pair_batch
 from instaflow.training.trainer import Batch, Draw, Stage
 
 
-def distil_stage(spec: Distil, bundle: Bundle, pairs: PairSet) -> Stage:
+def distil_stage(spec: Distil, bundle: Bundle, pairs: PairReader) -> Stage:
     """Distillation's batches and loss: L2 on latents, or a perceptual distance on decoded pictures."""
     encode = TextCache(bundle.encode)
     perceptual = PerceptualDistance().to(bundle.device) if spec.loss == "perceptual" else None

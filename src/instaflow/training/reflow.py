@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from instaflow.data.pairs import PairSet
+from instaflow.data.pairs import PairReader
 from instaflow.flow import interpolate, velocity_target
 from instaflow.models.bundle import Bundle
 from instaflow.models.velocity import network_velocity
@@ -24,7 +24,7 @@ def times(spec: Reflow, u: Tensor) -> Tensor:
     return 0.5 + torch.asinh((2 * u - 1) * math.sinh(2.0)) / 4
 
 
-def reflow_stage(spec: Reflow, bundle: Bundle, pairs: PairSet) -> Stage:
+def reflow_stage(spec: Reflow, bundle: Bundle, pairs: PairReader) -> Stage:
     """Reflow's batches and loss; `bundle.card.prediction` says how the network gives a velocity."""
     encode = TextCache(bundle.encode)
 

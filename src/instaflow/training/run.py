@@ -20,12 +20,13 @@ from rich.console import Console
 
 from instaflow import __version__
 from instaflow.data.emoji import make_emoji
-from instaflow.data.pairs import MANIFEST, read_manifest, read_pairs, shard_path
+from instaflow.data.pairs import MANIFEST, open_pairs, read_manifest, shard_path
 from instaflow.data.pictures import Picture, content_hash, read_pictures
 from instaflow.errors import DataError, RecipeError
 from instaflow.models.bundle import Bundle, bundle_hash, load_autoencoder, publish, save_network
 from instaflow.models.card import Card
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
+from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
     Autoencoder,
     Distil,
@@ -284,9 +285,13 @@ class Run:
         return self.lineage(stage, parent=bundle_hash(self.output(stage.model)), pairs=manifest)
 
     def _train_on_pairs(self, stage: Reflow | Distil, bundle: Bundle, folder: Path) -> None:
-        pairs = read_pairs(self.output(stage.pairs))
-        if pairs.x1.shape[1:] != bundle.latent_shape():
-            raise DataError(f"{stage.pairs} has latents {tuple(pairs.x1.shape[1:])}, the model {bundle.latent_shape()}")
+        pairs, shape = open_pairs(self.output(stage.pairs)), read_manifest(self.output(stage.pairs)).shape
+        if shape != bundle.latent_shape():
+            raise DataError(f"{stage.pairs} has latents {shape}, the model {bundle.latent_shape()}")
+        if stage.stack:
+            if isinstance(bundle.unet, StackedUNet):
+                raise RecipeError(f"{stage.name}: {stage.model} is a stack of two already; leave stack out")
+            bundle = replace(bundle, unet=StackedUNet.of(bundle.unet, stage.stack))
         bundle.unet.requires_grad_(True)
         built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
         built = replace(built, preview=prompt_preview(bundle, self.in_styles(bundle.card.styles), steps=1))

@@ -40,6 +40,7 @@ class Draw:
 
     def __init__(self, seed: int, step: int) -> None:
         """Seed Python's and torch's generators with (seed, step)."""
+        self.seed, self.step = seed, step
         self.python = random.Random(f"{seed}:{step}")
         self.torch = torch.Generator().manual_seed(self.python.getrandbits(63))
 
