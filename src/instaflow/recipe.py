@@ -129,8 +129,10 @@ class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """Sampler steps: DPM-Solver++ (2M) for a diffusion model, Euler for a rectified flow."""
     guidance: Guidance = 5.0
     """Classifier-free guidance of the teacher."""
+    prompts: str = ""
+    """A .txt or .parquet file of prompts, or a hub data set; empty draws them from the captions of the data."""
     mixtures: Fraction = 0.2
-    """Share of prompts that join two training captions."""
+    """Share of prompts that join two captions, when they are drawn from captions."""
     shard_size: Count = 512
     """Pairs a shard; a killed job loses at most one."""
     batch_size: Count = 64

@@ -22,9 +22,11 @@ from instaflow import __version__
 from instaflow.data.emoji import make_emoji
 from instaflow.data.pairs import MANIFEST, open_pairs, read_manifest, shard_path
 from instaflow.data.pictures import Picture, content_hash, read_pictures
+from instaflow.data.prompts import read_prompts
 from instaflow.errors import DataError, RecipeError
 from instaflow.models.bundle import Bundle, bundle_hash, load_autoencoder, publish, save_network
 from instaflow.models.card import Card
+from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
@@ -113,9 +115,9 @@ class Run:
         return [p for p in self.training_pictures if not styles or p.style in styles]
 
     def output(self, name: str) -> Path:
-        """Where a stage's bundle or pairs are, or a folder given by path."""
+        """Where a stage's bundle or pairs are, or a model given by path or hub id."""
         if "/" in name:
-            return Path(name)
+            return locate(name)
         stage = self.recipe.stage(name)
         return self.folder / stage.name / ("pairs" if isinstance(stage, Pairs) else "bundle")
 
@@ -197,8 +199,11 @@ class Run:
                 self._teacher(stage, folder)
             case Pairs():
                 bundle, teacher = self.bundle(stage.model), bundle_hash(self.output(stage.model))
-                pictures = self.in_styles(bundle.card.styles)
-                prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
+                if stage.prompts:
+                    prompts = read_prompts(stage.prompts, stage.count)
+                else:
+                    pictures = self.in_styles(bundle.card.styles)
+                    prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
                 draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
             case Reflow():
                 self._reflow(stage, folder)
@@ -294,7 +299,7 @@ class Run:
             bundle = replace(bundle, unet=StackedUNet.of(bundle.unet, stage.stack))
         bundle.unet.requires_grad_(True)
         built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
-        built = replace(built, preview=prompt_preview(bundle, self.in_styles(bundle.card.styles), steps=1))
+        built = replace(built, preview=prompt_preview(bundle, pairs.load(0).prompts, steps=1))
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         if self.processes.is_main_process:
             bundle.save(self.output(stage.name))

@@ -49,20 +49,21 @@ def teacher_stage(spec: Teacher, bundle: Bundle, pictures: Sequence[Picture], la
         out = network(x, time, batch["states"]).sample
         return (out.float() - target).square().mean()
 
-    return Stage(network=bundle.unet, batch=batch, loss=loss, preview=prompt_preview(bundle, pictures))
+    spread = pictures[:: max(1, len(pictures) // 32)]
+    return Stage(network=bundle.unet, batch=batch, loss=loss, preview=prompt_preview(bundle, [p.name for p in spread]))
 
 
 def prompt_preview(
-    bundle: Bundle, pictures: Sequence[Picture], *, steps: int | None = None
+    bundle: Bundle, prompts: Sequence[str], *, steps: int | None = None
 ) -> Callable[[nn.Module, Path], None]:
-    """A grid of the same 32 captions and noises, drawn by the network in training."""
-    captions = [p.name for p in pictures[:: max(1, len(pictures) // 32)][:32]]
+    """A grid of the same prompts and noises, drawn by the network in training: 32 of them, 4 large ones."""
+    prompts = prompts[: 32 if bundle.card.image_size <= 128 else 4]
 
     def preview(_network: nn.Module, path: Path) -> None:
         latents = sample(
             bundle,
-            captions,
-            seeds=range(len(captions)),
+            prompts,
+            seeds=range(len(prompts)),
             steps=steps or bundle.card.steps,
             guidance=bundle.card.guidance,
         )
