@@ -23,16 +23,31 @@ def test_recipes_of_the_repository_load_and_survive_a_dump(path: Path, tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("lr = 2e-3", "lr = -1.0", "stages[0].train.lr: Expected `float` > 0.0, got -1.0"),
-        ("lr = 2e-3", 'lr = "big"', "stages[0].train.lr: Expected `float`, got `str`, got 'big'"),
-        ("steps = 60, batch_size = 16, lr = 2e-3", "steps = 0, batch_size = 16, lr = 2e-3", "stages[0].train.steps"),
-        ("guidance = 2.0", "guidence = 2.0", "stages[2]: Object contains unknown field `guidence`"),
-        ("count = 96\n", "", "stages[2]: Object missing required field `count`"),
-        ('kind = "reflow"', 'kind = "rewind"', "stages[3].kind: Invalid value 'rewind'"),
-        ('loss = "perceptual"', 'loss = "lpips"', "stages[5].loss: Invalid enum value 'lpips'"),
-        ('name = "2-rectified"', 'name = "teacher"', "stages[3].name 'teacher' is used twice"),
-        ('pairs = "pairs"', 'pairs = "pears"', "stages[3] reads 'pears', which is no earlier stage"),
+        ("lr = 2e-3", "lr = -1.0", "stages[autoencoder].train.lr: Expected `float` > 0.0, got -1.0"),
+        ("lr = 2e-3", 'lr = "big"', "stages[autoencoder].train.lr: Expected `float`, got 'big'"),
+        (
+            "steps = 60, batch_size = 16, lr = 2e-3",
+            "steps = 0, batch_size = 16, lr = 2e-3",
+            "stages[autoencoder].train.steps",
+        ),
+        ("guidance = 2.0", "guidence = 2.0", "stages[pairs] has no field 'guidence'; did you mean 'guidance'?"),
+        ("count = 96\n", "", "stages[pairs]: Object missing required field `count`"),
+        (
+            'kind = "reflow"',
+            'kind = "rewind"',
+            "stages[2-rectified].kind: 'rewind' is no kind of stage; allowed: autoencoder, teacher, pairs, reflow,",
+        ),
+        (
+            'loss = "perceptual"',
+            'loss = "lpips"',
+            "stages[one-step].loss: 'lpips' is not allowed; allowed: 'l2', 'perceptual'",
+        ),
+        ('name = "2-rectified"', 'name = "teacher"', "stages[4].name 'teacher' is used twice"),
+        ('pairs = "pairs"', 'pairs = "pears"', "stages[4] reads 'pears', which is no earlier stage"),
         ("size = 32", "size = 33", "data.size"),
+        ('name = "smoke"', 'name = "../smoke"', "name: Expected `str` matching regex"),
+        ('"teacher@4"', '"teacher@x"', "stages[evaluate].models"),
+        ("widths = [32, 64]", "widths = [32]", "widths has 1 entries, attention 2"),
         ("[data]", "[data", "broken TOML"),
     ],
 )
@@ -52,7 +67,9 @@ def test_a_mistake_is_one_line(tmp_path: Path, old: str, new: str, said: str) ->
 def test_a_stage_is_found_by_name_or_kind() -> None:
     recipe = load_recipe(SMOKE)
     assert isinstance(recipe.stage("teacher"), Teacher)
-    assert recipe.stage("distil").name == "distil-l2"
+    assert recipe.stage("reflow").name == "2-rectified"
+    with pytest.raises(RecipeError, match="several stages of kind distil: distil-l2, one-step"):
+        recipe.stage("distil")
     with pytest.raises(RecipeError, match="no stage 'x' in recipe 'smoke'"):
         recipe.stage("x")
 

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import sys
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ app = App(
     help="Text to image in one network evaluation, and the whole way to make such a model.",
     help_format="markdown",
     help_epilogue="Start with: instaflow generate 'a red apple'",
+    suppress_keyboard_interrupt=False,
 )
 
 Root = Annotated[Path, Parameter(help="Where run folders go.")]
@@ -146,16 +148,24 @@ def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:
 
     sheet = grid(np.stack([np.asarray(d.image) for d in drawings]), columns)
     prompts = " | ".join(dict.fromkeys(d.prompt for d in drawings))
-    save_png(sheet, path, {"prompt": prompts, "seed": str(drawings[0].seed), "model": drawings[0].model})
-    _say(path, drawings[-1])
+    seeds = sorted({d.seed for d in drawings})
+    shown = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    save_png(sheet, path, {"prompt": prompts, "seed": shown, "model": drawings[0].model})
+    each = sum(d.latency_ms for d in drawings) / len(drawings)
+    print(f"{path}  {len(drawings)} pictures  seed {shown}  {each:.0f} ms each")
 
 
 def _read_prompts(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read prompts from {file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    except OSError as error:
+        raise PromptError(f"cannot read prompts from {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise PromptError(f"{file} has no prompt in it: one a line is expected")
+    return prompts
 
 
 def _paths(wanted: list[tuple[str, int]], out: Path | None, grid: bool) -> list[Path]:
@@ -170,12 +180,17 @@ def _paths(wanted: list[tuple[str, int]], out: Path | None, grid: bool) -> list[
     folder = out or Path()
     if single:
         return [folder / f"{_file_name(wanted[0][0])}.png"]
-    return [folder / f"{_file_name(text)}-{seed}.png" for text, seed in wanted]
+    names: list[str] = []
+    for text, seed in wanted:
+        plain = f"{_file_name(text)}-{seed}"
+        free = (n for n in chain([plain], (f"{plain}-{i}" for i in count(2))) if n not in names)
+        names.append(next(free))  # 'cat' and 'Cat!' would meet
+    return [folder / f"{name}.png" for name in names]
 
 
 def _file_name(prompt: str) -> str:
-    name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-    return re.sub(r"^(a|an|the)-", "", name)[:60] or "picture"
+    words = re.sub(r"^(a|an|the)\s+", "", prompt.strip().lower())
+    return re.sub(r"[^\w]+", "-", words).strip("-")[:60] or "picture"
 
 
 # -- making models ---------------------------------------------------------------------------------
@@ -380,6 +395,10 @@ def main() -> None:
         _fail(str(error))
     except CycloptsError as error:
         _fail(f"{error} (instaflow --help)")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("instaflow"):
+            raise
+        _fail(f"this needs the package {error.name}: pip install 'instaflow[train,eval]'")
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:

@@ -43,7 +43,13 @@ class Drawing:
     """The bundle's own safety checker objected, and the picture is black."""
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all."""
+        """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all.
+
+        Raises:
+            PromptError: the path says another format.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise PromptError(f"{path}: pictures are written as .png")
         text = {
             "prompt": self.prompt,
             "seed": str(self.seed),
@@ -135,6 +141,8 @@ class InstaFlow:
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         for seed in seeds:
+            if not isinstance(seed, int):
+                raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
             if not 0 <= seed <= LARGEST_SEED:
                 raise PromptError(f"seed={seed} is not allowed; use 0 to {LARGEST_SEED}")
         texts = [f"{p}, {style}" if style else p for p in prompts]

@@ -6,10 +6,11 @@ Every field is documented under it. The resolved recipe is dumped beside every r
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli_w
@@ -17,6 +18,7 @@ from msgspec import Meta
 
 from instaflow.errors import RecipeError
 
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -76,9 +78,9 @@ class Train(Spec, frozen=True, kw_only=True):
 class Autoencoder(Spec, frozen=True, kw_only=True, tag="autoencoder", tag_field="kind"):
     """Pictures ↔ latents: a deep-compression autoencoder (DC-AE, arXiv 2410.10733), factor 8."""
 
-    name: str
+    name: Name
     latent_channels: Count = 16
-    widths: tuple[Count, ...] = (64, 128, 256)
+    widths: Annotated[tuple[Count, ...], Meta(min_length=1)] = (64, 128, 256)
     """Channels at 1/2, 1/4 and 1/8 of the picture's side; one residual block each."""
     latent_noise: Annotated[float, Meta(ge=0)] = 0.1
     """Noise on the latents in training, in their standard deviations: the decoder forgives small errors."""
@@ -92,7 +94,7 @@ class Autoencoder(Spec, frozen=True, kw_only=True, tag="autoencoder", tag_field=
 class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     """Stable Diffusion in miniature: a U-Net that denoises latents, told the prompt by cross-attention."""
 
-    name: str
+    name: Name
     autoencoder: str
     """The stage (or bundle folder) whose autoencoder makes the latents."""
     model: str = ""
@@ -101,7 +103,7 @@ class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     """Train on these of the data's styles; empty takes all. Later stages draw what their model knows."""
     prediction: Prediction = "v_prediction"
     """What the network predicts. v_prediction goes with the zero-terminal-SNR schedule (arXiv 2305.08891)."""
-    widths: tuple[Count, ...] = (128, 320)
+    widths: Annotated[tuple[Count, ...], Meta(min_length=1)] = (128, 320)
     """Channels at each resolution of the latents, finest first."""
     attention: tuple[bool, ...] = (False, True)
     """Cross-attention at each resolution."""
@@ -113,6 +115,11 @@ class Teacher(Spec, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
     """Guidance this bundle uses by default."""
     train: Train
 
+    def __post_init__(self) -> None:
+        """Every resolution says whether it has attention."""
+        if len(self.widths) != len(self.attention):
+            raise ValueError(f"widths has {len(self.widths)} entries, attention {len(self.attention)}: one each")
+
 
 Stack = Literal["", "features", "latents"]
 
@@ -120,7 +127,7 @@ Stack = Literal["", "features", "latents"]
 class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """The teacher draws (prompt, noise, latents). Only prompts are needed, no pictures."""
 
-    name: str
+    name: Name
     model: str
     """The bundle that draws: a stage of this recipe or a folder."""
     count: Count
@@ -143,7 +150,7 @@ class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
 class Reflow(Spec, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
     """Text-conditioned reflow (InstaFlow, Alg. 1): regress X₁ − X₀ along straight lines between pairs."""
 
-    name: str
+    name: Name
     model: str
     """Where the weights start."""
     pairs: str
@@ -162,7 +169,7 @@ class Reflow(Spec, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
 class Distil(Spec, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
     """One-step distillation (InstaFlow, Alg. 2): X₀ + v(X₀, 0 | T) ≈ X₁, at t = 0 only."""
 
-    name: str
+    name: Name
     model: str
     pairs: str
     loss: Literal["l2", "perceptual"] = "l2"
@@ -176,8 +183,8 @@ class Distil(Spec, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
-    name: str
-    models: tuple[str, ...]
+    name: Name
+    models: Annotated[tuple[Annotated[str, Meta(pattern=r"^[^@]+(@[1-9][0-9]*)?$")], ...], Meta(min_length=1)]
     """Stages or folders, each optionally with '@steps': 'teacher@25', 'one-step'."""
     count: Count = 512
     """Pictures drawn for each model."""
@@ -190,7 +197,7 @@ Stage = Autoencoder | Teacher | Pairs | Reflow | Distil | Evaluate
 class Recipe(Spec, frozen=True, kw_only=True):
     """A whole run."""
 
-    name: str
+    name: Name
     """The run's folder under `runs/`."""
     seed: Seed = 0
     data: Data = Data()
@@ -209,10 +216,14 @@ class Recipe(Spec, frozen=True, kw_only=True):
             seen.add(stage.name)
 
     def stage(self, name: str) -> Stage:
-        """The stage of that name, or the first one of that kind."""
-        for stage in self.stages:
-            if name in (stage.name, kind(stage)):
-                return stage
+        """The stage of that name, or the only one of that kind."""
+        found = [s for s in self.stages if s.name == name] or [s for s in self.stages if kind(s) == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RecipeError(
+                f"recipe {self.name!r} has several stages of kind {name}: {', '.join(s.name for s in found)}"
+            )
         raise RecipeError(
             f"no stage {name!r} in recipe {self.name!r}; it has: {', '.join(s.name for s in self.stages)}"
         )
@@ -260,17 +271,49 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _explain(message: str, raw: dict[str, object]) -> str:
-    """msgspec's 'Expected `float` > 0.0 - at `$.stages[0].train.lr`' with the value that was given."""
+    """msgspec's 'Expected `float` > 0.0 - at `$.stages[0].train.lr`' with the value given and what is allowed."""
     text, _, place = message.partition(" - at `$")
     place = place.rstrip("`").lstrip(".")
     value: object = raw
+    shown: list[str] = []
     for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
         try:
             value = value[int(index)] if index else value[key]  # type: ignore[index]
         except (KeyError, IndexError, TypeError):
-            return f"{place}: {text}"
-    shown = "" if isinstance(value, dict | list) else f", got {value!r}"
-    return f"{place}: {text}{shown}" if place else f"{text}{shown}"
+            break
+        name = value.get("name") if index and isinstance(value, dict) else None
+        shown.append(f"[{name or index}]" if index else f".{key}")
+    where = "".join(shown).lstrip(".")
+    field = where.rpartition(".")[2]
+    if text.startswith("Invalid value") and field == "kind":
+        return f"{where}: {value!r} is no kind of stage; allowed: {', '.join(kinds())}"
+    if text.startswith("Invalid enum value"):
+        return f"{where}: {value!r} is not allowed; allowed: {', '.join(_choices(field))}"
+    if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", text):
+        near = difflib.get_close_matches(unknown[1], {f for s in _specs() for f in s.__struct_fields__}, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where or 'the recipe'} has no field {unknown[1]!r}{hint}"
+    given = "" if isinstance(value, dict | list) else f", got {value!r}"
+    text = re.sub(r", got `\w+`$", "", text) if given else text
+    return f"{where}: {text}{given}" if where else f"{text}{given}"
+
+
+def kinds() -> list[str]:
+    """The tags of all stages."""
+    return [str(s.__struct_config__.tag) for s in get_args(Stage)]
+
+
+def _specs() -> list[type[Spec]]:
+    return Spec.__subclasses__()
+
+
+def _choices(field: str) -> list[str]:
+    """What a field that takes one of several words takes."""
+    for spec in _specs():
+        hint = get_type_hints(spec).get(field)
+        if get_origin(hint) is Literal:
+            return [repr(word) for word in get_args(hint)]
+    return []
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:

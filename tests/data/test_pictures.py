@@ -47,6 +47,19 @@ def test_a_folder_gives_every_picture_its_caption(tmp_path: Path) -> None:
     assert (found[0].pixels(32) == (255, 0, 0)).all()
 
 
+def test_folders_test_and_validation_are_those_splits(tmp_path: Path) -> None:
+    folder_of(tmp_path, a="x")
+    for split in ("validation", "test", "drafts"):
+        (tmp_path / split).mkdir()
+        folder_of(tmp_path / split, b=split)
+    assert [(p.name, p.split) for p in read_pictures(tmp_path)] == [
+        ("x", "train"),
+        ("validation", "validation"),
+        ("test", "test"),
+    ]
+    assert [p.name for p in read_pictures(tmp_path, split="test")] == ["test"]
+
+
 def test_a_missing_caption_names_the_file_that_is_expected(tmp_path: Path) -> None:
     (folder_of(tmp_path, a="x", b="y") / "b.txt").unlink()
     with pytest.raises(DataError) as error:
@@ -151,7 +164,7 @@ def test_a_parquet_without_pictures_names_the_row_and_the_columns(tmp_path: Path
     pq.write_table(pa.Table.from_pylist([{"picture": b"x", "words": "tomato"}]), tmp_path / "f.parquet")
     with pytest.raises(DataError) as error:
         read_pictures(tmp_path / "f.parquet")
-    assert "f.parquet:0" in message(error) and "picture, words" in message(error)
+    assert "f.parquet:0" in message(error) and "picture (bytes), words (str)" in message(error)
 
 
 def test_other_peoples_columns_are_understood(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 from instaflow.data.pictures import Picture, write_parquet
 from instaflow.errors import BundleError, DataError, RecipeError
@@ -26,7 +27,8 @@ def recipe() -> Recipe:
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"data": Data(size=64)}], ids=["seed", "data"])
 def test_a_run_begun_otherwise_is_not_continued(tmp_path: Path, recipe: Recipe, changes: dict[str, object]) -> None:
     dump_recipe(msgspec.structs.replace(recipe, **changes), tmp_path / "smoke" / "recipe.toml")
-    with pytest.raises(RecipeError, match=f"was begun with another {next(iter(changes))}"):
+    (tmp_path / "smoke" / "autoencoder").mkdir()
+    with pytest.raises(RecipeError, match=f"was begun with another `{next(iter(changes))}`"):
         Run(recipe, tmp_path, cache=tmp_path).run(never)
 
 
@@ -67,3 +69,28 @@ def test_a_stage_takes_the_styles_it_names(tmp_path: Path, recipe: Recipe) -> No
     assert [p.name for p in run.in_styles(())] == ["a", "b", "c"]
     with pytest.raises(DataError, match="unknown style 'ink'; the data has: flat, oil"):
         run.in_styles(("flat", "ink"))
+
+
+def own_data(recipe: Recipe, tmp_path: Path, *splits: str) -> Recipe:
+    """The recipe on a Parquet file with a picture of each of these splits."""
+    pictures = [Picture(image=b"", name=f"p{i}", split=s) for i, s in enumerate(splits)]
+    path = write_parquet(pictures, tmp_path / "data.parquet")
+    return msgspec.structs.replace(recipe, data=Data(source=str(path), size=32))
+
+
+def test_a_run_that_could_not_be_evaluated_is_refused_before_it_trains(tmp_path: Path, recipe: Recipe) -> None:
+    run = Run(own_data(recipe, tmp_path, "train", "train"), tmp_path, cache=tmp_path)
+    with pytest.raises(DataError, match=r"stage 'evaluate' compares with pictures kept back .* folder test/"):
+        run.run(never)
+    assert not (tmp_path / "smoke" / "recipe.toml").exists()
+
+
+def test_a_mistake_in_the_data_can_be_mended_under_the_same_name(tmp_path: Path, recipe: Recipe) -> None:
+    dump_recipe(msgspec.structs.replace(recipe, data=Data(source="nowhere/")), tmp_path / "smoke" / "recipe.toml")
+    Run(own_data(recipe, tmp_path, "train", "test"), tmp_path, cache=tmp_path)._check_unchanged()
+
+
+def test_a_run_that_is_being_worked_on_is_left_alone(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "smoke").mkdir()
+    with FileLock(tmp_path / "smoke" / ".lock"), pytest.raises(RecipeError, match="worked on by another process"):
+        Run(recipe, tmp_path, cache=tmp_path).run(never, "teacher")

@@ -94,7 +94,8 @@ def read_pictures(source: str | Path, *, split: str | None = None, styles: Seque
 
     Args:
         source: path or hub id. A Parquet file or data set needs the columns `image` and `name`
-            (or `text`); a folder needs a caption file beside every picture.
+            (or `text`); a folder needs a caption file beside every picture, and its folders test/ and
+            validation/ are those splits.
         split: keep one of train, validation, test. None keeps all.
         styles: keep these styles, in this order; empty keeps all.
 
@@ -115,7 +116,8 @@ def read_pictures(source: str | Path, *, split: str | None = None, styles: Seque
     known = sorted({p.style for p in pictures})
     for style in styles:
         if style not in known:
-            raise DataError(f"unknown style {style!r} in {source}; it has: {', '.join(known)}")
+            there = f"it has: {', '.join(known)}" if any(known) else "its pictures have no styles, so leave styles out"
+            raise DataError(f"unknown style {style!r} in {source}; {there}")
     if styles:
         pictures = [p for style in styles for p in pictures if p.style == style]
     kept = [p for p in pictures if split in (None, p.split)]
@@ -128,7 +130,8 @@ def _from_folder(folder: Path) -> Iterable[Picture]:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"no pictures in {folder}: expected {', '.join(sorted(SUFFIXES))}")
-    for file in files:
+    kept_back = [p for split in ("validation", "test") for p in sorted((folder / split).glob("*"))]
+    for file in [*files, *(p for p in kept_back if p.suffix.lower() in SUFFIXES)]:
         text = file.with_suffix(".txt")
         if not text.exists():
             raise DataError(f"{file} has no caption: expected {text.name} beside it")
@@ -138,7 +141,8 @@ def _from_folder(folder: Path) -> Iterable[Picture]:
             raise DataError(f"{text} is not UTF-8 text: {error.reason} at byte {error.start}") from error
         if not caption:
             raise DataError(f"{text} is empty: expected a caption")
-        yield Picture(image=file.read_bytes(), name=caption, source=str(file))
+        split = file.parent.name if file.parent != folder else "train"
+        yield Picture(image=file.read_bytes(), name=caption, split=split, source=str(file))
 
 
 def _from_parquet(path: Path) -> list[Picture]:
@@ -172,7 +176,8 @@ def _from_row(row: dict[str, Any], place: str) -> Picture:
     image = image.get("bytes") if isinstance(image, dict) else image
     name = row.get("name") or row.get("text") or row.get("caption")
     if not isinstance(image, bytes) or not name:
-        raise DataError(f"{place} needs columns image (bytes) and name, text or caption; it has {', '.join(row)}")
+        kinds = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
+        raise DataError(f"{place} needs image (bytes) and name, text or caption (a word at least); it has {kinds}")
     given = {k: row[k] for k in ("style", "hexcode", "split", "licence", "source") if row.get(k)}
     given.setdefault("source", place)
     return Picture(image=image, name=name, keywords=tuple(row.get("keywords") or ()), **given)

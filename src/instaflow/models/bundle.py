@@ -112,6 +112,8 @@ class Bundle:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for an empty prompt or one longer than the encoder reads."""
+        if not isinstance(prompt, str):
+            raise PromptError(f"a prompt is a str, got {prompt!r}")
         if not prompt.strip():
             raise PromptError("the prompt is empty; say what to draw, for example 'a red apple'")
         tokens = self.tokenizer(prompt, add_special_tokens=True, return_offsets_mapping=True)
@@ -127,8 +129,8 @@ class Bundle:
     def check_request(self, *, steps: int, guidance: float, size: int, negative: str = "") -> None:
         """Raise PromptError for steps, guidance, a negative prompt or a size that this kind of model cannot do."""
         kind = self.card.kind
-        if steps < 1 or (kind == "one-step" and steps != 1):
-            allowed = "1" if kind == "one-step" else "1 or more"
+        if not 1 <= steps <= 1000 or (kind == "one-step" and steps != 1):
+            allowed = "1" if kind == "one-step" else "1 to 1000"
             raise PromptError(
                 f"steps={steps} is not allowed for the {kind} model {self.card.name!r}; allowed: {allowed}"
             )

@@ -100,6 +100,8 @@ def recognise(folder: Path) -> Card:
         return Card(
             name="2-rectified flow", kind="rectified", prediction="velocity", guidance=1.5, max_guidance=2.0, **common
         )
+    if "CLIPTextModel" not in index.get("text_encoder", ()):
+        raise BundleError(f"{folder} is one of our own bundles and has lost its {CARD}")
     if family in TEACHERS:
         prediction = scheduler.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):

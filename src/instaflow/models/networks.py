@@ -43,14 +43,7 @@ def build_unet(spec: Teacher, *, latent_channels: int, latent_size: int, text_wi
 
     The prompt also reaches every residual block: pooled by attention, added to the time embedding and
     applied as scale and shift, so that the finest level knows it too.
-
-    Raises:
-        BundleError: widths and attention differ in length.
     """
-    if len(spec.widths) != len(spec.attention):
-        raise BundleError(
-            f"stage {spec.name!r}: widths has {len(spec.widths)} entries, attention {len(spec.attention)}"
-        )
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,

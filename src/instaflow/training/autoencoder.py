@@ -52,16 +52,16 @@ def autoencoder_stage(
         device: where the network of the perceptual loss goes.
     """
     pixels = np.stack([p.pixels(size) for p in pictures])
-    grid = size // 8
     perceptual = PerceptualDistance().to(device) if spec.perceptual_weight else None
     if vae is None:
         vae = build_autoencoder(spec)
     else:
         vae.requires_grad_(True).encoder.requires_grad_(False)
+    shape = (vae.config.latent_channels, size // 8, size // 8)
 
     def batch(draw: Draw) -> Batch:
         chosen = draw.indices(len(pixels), spec.train.batch_size)
-        noise = draw.normal(len(chosen), spec.latent_channels, grid, grid)
+        noise = draw.normal(len(chosen), *shape)
         return {"pictures": to_tensor(pixels[chosen]), "noise": noise}
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
@@ -76,7 +76,7 @@ def autoencoder_stage(
     def preview(network: nn.Module, path: Path) -> None:
         shown = to_tensor(pixels[:: max(1, len(pixels) // 32)][:32]).to(next(network.parameters()).device)
         with torch.inference_mode():
-            out, _ = network(shown, torch.zeros(len(shown), spec.latent_channels, grid, grid, device=shown.device))
+            out, _ = network(shown, torch.zeros(len(shown), *shape, device=shown.device))
         save_grid(to_uint8(torch.cat([shown, out])), path, columns=32)
 
     return Stage(network=RoundTrip(vae, spec.latent_noise), batch=batch, loss=loss, preview=preview)

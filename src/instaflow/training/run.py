@@ -7,7 +7,8 @@ runs/<recipe>/<stage>/bundle/  what it made (pairs: shards in <stage>/pairs/)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from instaflow import __version__
@@ -92,9 +94,20 @@ class Run:
         with self.processes.main_process_first():
             return str(make_emoji(folder, size=data.size, styles=data.styles, cache=self.cache / "npm"))
 
+    @cached_property
+    def all_pictures(self) -> list[Picture]:
+        """The recipe's pictures of all splits, read once."""
+        return read_pictures(self.data_file(), styles=self.recipe.data.styles)
+
     def pictures(self, split: str) -> list[Picture]:
-        """The recipe's pictures of one split."""
-        found = read_pictures(self.data_file(), split=split, styles=self.recipe.data.styles)
+        """The recipe's pictures of one split.
+
+        Raises:
+            DataError: there are none.
+        """
+        found = [p for p in self.all_pictures if p.split == split]
+        if not found:
+            raise DataError(f"{self.recipe.data.source} has no pictures with split {split!r}")
         return found[: self.recipe.data.limit or None] if split == "train" else found
 
     @cached_property
@@ -150,35 +163,69 @@ class Run:
         Raises:
             RecipeError: an earlier run in this folder had a stage of this name with other settings.
         """
-        self._check_unchanged()
+        stages: Sequence[Stage] = [self.recipe.stage(only)] if only else self.recipe.stages
+        with self._alone():
+            self._check_unchanged()
+            self._check_data(stages)
+            self._carry_out_all(stages, evaluate)
+
+    def _carry_out_all(self, stages: Sequence[Stage], evaluate: Evaluator) -> None:
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             dump_recipe(self.recipe, self.folder / "recipe.toml")
         else:
             self.console.quiet = True
-        stages: Sequence[Stage] = [self.recipe.stage(only)] if only else self.recipe.stages
         for stage in stages:
             done = self.done(stage)
             self.processes.wait_for_everyone()  # all have looked before one of them writes
             if done:
                 self.console.print(f"[dim]{stage.name}: done, in {self.output(stage.name)}[/]")
                 continue
-            self.console.print(f"[bold]{stage.name}[/] ({kind(stage)})")
+            self.console.print(f"[bold]{stage.name}[/]" + f" ({kind(stage)})" * (stage.name != kind(stage)))
             if isinstance(stage, Evaluate):
                 evaluate(self, stage)
             else:
                 self.carry_out(stage)
             self.processes.wait_for_everyone()
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the run's folder, so that the same line typed twice does not write over itself."""
+        if not self.processes.is_main_process:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RecipeError(
+                f"{self.folder} is being worked on by another process; wait for it, or stop it"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _check_data(self, stages: Sequence[Stage]) -> None:
+        """What would only be found out at the end: evaluation needs pictures that were kept back."""
+        wanting = [s.name for s in stages if isinstance(s, Evaluate) and not self.done(s)]
+        if wanting and not any(p.split == "test" for p in self.all_pictures):
+            raise DataError(
+                f"stage {wanting[0]!r} compares with pictures kept back from training, and "
+                f"{self.recipe.data.source} has none: put some in a folder test/ (or give them "
+                "split = 'test' in Parquet), or take the stage out"
+            )
+
     def _check_unchanged(self) -> None:
         path = self.folder / "recipe.toml"
-        if not path.exists():
+        if not path.exists() or not any(child.is_dir() for child in self.folder.iterdir()):
             return
         begun = load_recipe(path)
         for field in ("seed", "data"):
             if getattr(begun, field) != getattr(self.recipe, field):
                 raise RecipeError(
-                    f"{self.folder} was begun with another {field}; give the recipe another name, or remove it"
+                    f"{self.folder} was begun with another `{field}`; give the recipe another name, or remove it"
                 )
         before = {s.name: s for s in begun.stages}
         for stage in self.recipe.stages:
@@ -244,6 +291,7 @@ class Run:
             image_size=size,
             guidance=stage.guidance,
             styles=tuple(sorted({p.style for p in pictures} - {""})),
+            licence=", ".join(sorted({p.licence for p in pictures} - {""})) or "unknown",
             lineage=self.lineage(stage, autoencoder=bundle_hash(source), data=content_hash(pictures)),
         )
         bundle = Bundle(

@@ -107,7 +107,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     saved = time.monotonic()
 
     with progress(accelerator.is_main_process) as bar:
-        task = bar.add_task(name, total=spec.steps, completed=start, loss=float("nan"))
+        task = bar.add_task(name, total=spec.steps, completed=start, loss="")
         for step in range(start, spec.steps):
             # -- one step: draw, predict, compare, update ------------------------------------
             batch = {k: v[rank::size].to(accelerator.device) for k, v in stage.batch(Draw(seed, step)).items()}
@@ -129,7 +129,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
             # -- now and then ----------------------------------------------------------------
             done = step + 1
             log.add(done, loss, learning_rate(spec, step), spec.batch_size)
-            bar.update(task, completed=done, loss=log.loss)
+            bar.update(task, completed=done, loss="" if math.isnan(log.loss) else f"loss {log.loss:.4f}")
             if not accelerator.is_main_process:
                 continue
             last = done == spec.steps
@@ -231,6 +231,8 @@ class Log:
             return
         mean: Any = self.accelerator.reduce(torch.stack(self.losses).float().mean(), "mean")
         self.loss = mean.item()
+        if not math.isfinite(self.loss):
+            raise DataError(f"{self.path.parent.name}: the loss is {self.loss} at step {step}; lower lr or grad_clip")
         seconds = time.monotonic() - self.since
         row = {
             "step": step,
@@ -259,7 +261,7 @@ def progress(shown: bool) -> Progress:
         TextColumn("{task.description:14}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         disable=not shown,
