@@ -110,7 +110,7 @@ def test_mistakes_in_generate(
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no such bundle folder" in fails(capsys, "generate", "cat", "--model", str(tmp_path / "nowhere"))
-    assert "is not a bundle" in fails(capsys, "inspect", str(tmp_path))
+    assert "it is no model folder" in fails(capsys, "inspect", str(tmp_path))
     assert "unknown data set 'cats'" in fails(capsys, "data", "cats")
     assert "unknown style 'cubist'" in fails(capsys, "data", "emoji", "--styles", "cubist")
     assert "no such recipe" in fails(capsys, "run", "nowhere.toml")
