@@ -63,7 +63,7 @@ def generate(
     prompts
         What to draw, one picture each.
     file
-        A text file with one prompt a line.
+        A text file with one prompt a line, or Parquet with a column prompt, text or caption.
     number
         Pictures of each prompt, with seeds seed, seed+1, …
     seed
@@ -156,16 +156,11 @@ def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:
 
 
 def _read_prompts(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptError(f"cannot read prompts from {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise PromptError(f"{file} has no prompt in it: one a line is expected")
-    return prompts
+    from instaflow.data.prompts import read_prompts
+
+    if not file.is_file():  # elsewhere such a name may be a data set of the hub
+        raise PromptError(f"cannot read prompts from {file}: no such file")
+    return read_prompts(str(file))
 
 
 def _paths(wanted: list[tuple[str, int]], out: Path | None, grid: bool) -> list[Path]:

@@ -189,8 +189,7 @@ class PairReader:
         )
 
     def _place(self, seed: int, epoch: int, position: int) -> tuple[int, int]:
-        order = self._order(seed, epoch)
-        ends = np.cumsum(self.counts[order])
+        ends = self._remembered((seed, epoch, -2), lambda _: np.cumsum(self.counts[self._order(seed, epoch)]))
         window = int(np.searchsorted(ends, position, side="right")) // self.WINDOW
         start = int(ends[window * self.WINDOW - 1]) if window else 0
         shard, row = self._window(seed, epoch, window)[position - start]
@@ -201,13 +200,19 @@ class PairReader:
 
     def _window(self, seed: int, epoch: int, window: int) -> np.ndarray:
         """(shard, row) of every pair of a window, shuffled, (N, 2)."""
-        shards = self._order(seed, epoch)[window * self.WINDOW : (window + 1) * self.WINDOW]
-        rows = [np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(shards, self.counts[shards], strict=True)]
-        return self._remembered((seed, epoch, window), lambda rng: rng.permutation(np.concatenate(rows)))
+
+        def make(rng: np.random.Generator) -> np.ndarray:
+            shards = self._order(seed, epoch)[window * self.WINDOW : (window + 1) * self.WINDOW]
+            rows = [
+                np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(shards, self.counts[shards], strict=True)
+            ]
+            return rng.permutation(np.concatenate(rows))
+
+        return self._remembered((seed, epoch, window), make)
 
     def _remembered(self, key: tuple[int, int, int], make: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:
         if key not in self.windows:
-            self.windows[key] = make(np.random.default_rng([key[0], key[1], key[2] + 1]))
+            self.windows[key] = make(np.random.default_rng([key[0], key[1], key[2] + 2]))
             while len(self.windows) > 8:
                 self.windows.popitem(last=False)
         return self.windows[key]

@@ -11,8 +11,8 @@ from instaflow.errors import DataError
 COLUMNS = ("prompt", "text", "caption", "TEXT")
 
 
-def read_prompts(source: str, count: int) -> list[str]:
-    """The first `count` prompts of a source, blank ones left out.
+def read_prompts(source: str, count: int | None = None) -> list[str]:
+    """The first `count` prompts of a source, or all of them; blank ones left out.
 
     Args:
         source: a .txt file with one a line; a .parquet file or a hub data set id with a column
@@ -20,10 +20,12 @@ def read_prompts(source: str, count: int) -> list[str]:
         count: how many.
 
     Raises:
-        DataError: nothing there, no such column, or fewer than `count`.
+        DataError: nothing there, no such column, none or fewer than `count`.
     """
     prompts = list(islice((line for line in map(str.strip, _stream(source)) if line), count))
-    if len(prompts) < count:
+    if not prompts:
+        raise DataError(f"{source} has no prompt in it")
+    if count is not None and len(prompts) < count:
         raise DataError(f"{source} has {len(prompts)} prompts, and {count} are asked for")
     return prompts
 
