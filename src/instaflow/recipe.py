@@ -67,12 +67,23 @@ class Train(Spec, frozen=True, kw_only=True):
     """Decay of the weight average that is evaluated and saved; warmed up from 0."""
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast type; weights and optimiser stay fp32."""
+    optimiser: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw is torch's fused one; adamw-8bit keeps its moments in 8 bits (bitsandbytes)."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: a third more work, a fraction of the memory."""
+    fsdp: bool = False
+    """Share weights, gradients and optimiser out among the processes (FSDP2), for networks that fit no single GPU."""
     compile: bool = False
     """torch.compile the network: faster after a minute of compiling."""
     checkpoint_minutes: Positive = 3.0
     """How much work a killed run loses at most."""
     preview_every: Count = 1000
     """Steps between sample grids."""
+
+    def __post_init__(self) -> None:
+        """8-bit moments are blocks of a whole tensor."""
+        if self.fsdp and self.optimiser == "adamw-8bit":
+            raise ValueError("optimiser = 'adamw-8bit' does not go with fsdp, which shares the moments out already")
 
 
 class Autoencoder(Spec, frozen=True, kw_only=True, tag="autoencoder", tag_field="kind"):
@@ -147,37 +158,42 @@ class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """First seed: pair i uses noise from seed + i."""
 
 
-class Reflow(Spec, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
-    """Text-conditioned reflow (InstaFlow, Alg. 1): regress X₁ − X₀ along straight lines between pairs."""
+class OnPairs(Spec, frozen=True, kw_only=True):
+    """What the two stages that learn from pairs have in common."""
 
     name: Name
     model: str
     """Where the weights start."""
     pairs: str
+    perceptual: str = ""
+    """LPIPS by its VGG-16 weights, a file or a hub id ('timm/vgg16.tv_in1k'); empty takes EfficientNet-Lite1."""
+    perceptual_weight: Positive = 1.0
+    perceptual_crop: Annotated[int, Meta(ge=0)] = 0
+    """Decode a random square of so many latents a side, for memory; 0 decodes all of them."""
+    stack: Stack = ""
+    """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
+    train: Train
+
+
+class Reflow(OnPairs, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):
+    """Text-conditioned reflow (InstaFlow, Alg. 1): regress X₁ − X₀ along straight lines between pairs."""
+
     init: Literal["converted", "raw"] = "converted"
     """converted: the teacher's exact velocity. raw: its weights as they are, regressing v (as published)."""
     time: Literal["uniform", "u-shaped"] = "uniform"
     """Distribution of t; u-shaped is ∝ e^{4t} + e^{4(1−t)} (arXiv 2405.20320)."""
+    loss: Literal["l2", "lpips-huber"] = "l2"
+    """l2 on velocities; lpips-huber adds a perceptual distance of the decoded X̂₁ (arXiv 2405.20320)."""
     empty_prompts: Fraction = 0.1
     guidance: Guidance = 1.0
     """Guidance this bundle uses by default."""
-    stack: Stack = ""
-    """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
-    train: Train
 
 
-class Distil(Spec, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
+class Distil(OnPairs, frozen=True, kw_only=True, tag="distil", tag_field="kind"):
     """One-step distillation (InstaFlow, Alg. 2): X₀ + v(X₀, 0 | T) ≈ X₁, at t = 0 only."""
 
-    name: Name
-    model: str
-    pairs: str
     loss: Literal["l2", "perceptual"] = "l2"
-    """l2 on latents; perceptual adds a feature distance on decoded pictures."""
-    perceptual_weight: Positive = 1.0
-    stack: Stack = ""
-    """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
-    train: Train
+    """l2 on latents; perceptual adds a perceptual distance of the decoded pictures."""
 
 
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
@@ -276,7 +292,9 @@ def _explain(message: str, raw: dict[str, object]) -> str:
     place = place.rstrip("`").lstrip(".")
     value: object = raw
     shown: list[str] = []
+    tag = ""
     for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+        tag = str(value.get("kind", tag)) if isinstance(value, dict) else tag
         try:
             value = value[int(index)] if index else value[key]  # type: ignore[index]
         except (KeyError, IndexError, TypeError):
@@ -288,7 +306,7 @@ def _explain(message: str, raw: dict[str, object]) -> str:
     if text.startswith("Invalid value") and field == "kind":
         return f"{where}: {value!r} is no kind of stage; allowed: {', '.join(kinds())}"
     if text.startswith("Invalid enum value"):
-        return f"{where}: {value!r} is not allowed; allowed: {', '.join(_choices(field))}"
+        return f"{where}: {value!r} is not allowed; allowed: {', '.join(_choices(field, tag))}"
     if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", text):
         near = difflib.get_close_matches(unknown[1], {f for s in _specs() for f in s.__struct_fields__}, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -304,12 +322,12 @@ def kinds() -> list[str]:
 
 
 def _specs() -> list[type[Spec]]:
-    return Spec.__subclasses__()
+    return [Data, Train, Recipe, *get_args(Stage)]
 
 
-def _choices(field: str) -> list[str]:
-    """What a field that takes one of several words takes."""
-    for spec in _specs():
+def _choices(field: str, tag: str) -> list[str]:
+    """What a field that takes one of several words takes, in a stage of this kind."""
+    for spec in sorted(_specs(), key=lambda s: s.__struct_config__.tag != tag):
         hint = get_type_hints(spec).get(field)
         if get_origin(hint) is Literal:
             return [repr(word) for word in get_args(hint)]

@@ -21,7 +21,7 @@ from instaflow.data.pictures import Picture
 from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents, encode_pictures
-from instaflow.models.perceptual import PerceptualDistance
+from instaflow.models.perceptual import Lite1
 from instaflow.recipe import Autoencoder, Distil, Reflow, Train
 from instaflow.training.autoencoder import MOMENT_WEIGHT, autoencoder_stage
 from instaflow.training.batches import TextCache
@@ -237,7 +237,7 @@ def test_the_loss_of_the_autoencoder_is_l1_the_moments_and_the_features(weight: 
         moments = (channels.mean(1) ** 2).mean() + (channels.std(1) + 1e-6).log().square().mean()
         wanted = (out - batch["pictures"]).abs().mean() + MOMENT_WEIGHT * moments
         if weight:
-            wanted = wanted + weight * PerceptualDistance()(out, batch["pictures"])
+            wanted = wanted + weight * Lite1()(out, batch["pictures"])
     assert float(loss) == pytest.approx(float(wanted), rel=1e-3)
 
 

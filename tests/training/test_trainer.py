@@ -14,14 +14,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from instaflow.errors import DataError, RecipeError
+from instaflow.models.bundle import Bundle
+from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Train
 from instaflow.training import trainer
 from instaflow.training.trainer import Batch, Draw, Log, Stage, learning_rate, split, train
@@ -67,6 +71,27 @@ def rows(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return run(tmp_path_factory.mktemp("unbroken"))
+
+
+UNET = Train(steps=4, batch_size=4, lr=1e-4, lr_warmup_steps=0, ema=0.5, precision="no", checkpoint_minutes=NEVER)
+
+
+def unet_stage(folder: Path, kind: str) -> Stage:
+    """A tiny U-Net, or two of them in series, learns to answer nought."""
+    network: Any = UNet2DConditionModel.from_pretrained(folder)
+    if kind != "plain":
+        network = StackedUNet.of(network, kind)
+    config = network.config
+
+    def batch(draw: Draw) -> Batch:
+        x = draw.normal(UNET.batch_size, config.in_channels, config.sample_size, config.sample_size)
+        states = draw.normal(UNET.batch_size, 3, config.cross_attention_dim)
+        return {"x": x, "time": 1000 * draw.uniform(UNET.batch_size), "states": states}
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        return network(batch["x"], batch["time"], batch["states"]).sample.square().mean()
+
+    return Stage(network=network, batch=batch, loss=loss)
 
 
 def interrupted(step: int) -> Stage:
@@ -211,11 +236,11 @@ def test_small_forward_passes_add_up_to_the_batch(tmp_path: Path, unbroken: dict
 # -- several processes -------------------------------------------------------------------------
 
 
-def launch(folder: Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: object, processes: int = 2, **spec: object) -> subprocess.CompletedProcess[str]:
     """This file as a program in so many processes, which talk by gloo."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    program = [*launcher, __file__, str(folder), *map(str, arguments)]
+    program = [*launcher, __file__, str(folder), *map(str, arguments), json.dumps(spec)]
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -225,7 +250,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
     run(tmp_path / "one")
-    done = launch(tmp_path / "two", -1, 0)
+    done = launch(tmp_path / "two", -1, 0, "step")
     assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [r["step"] for r in two] == [r["step"] for r in one] == [20, 40, 50]
@@ -235,16 +260,42 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, unbroken: dict
     assert close(run(tmp_path / "two"), unbroken)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_of_two_loses_nothing(tmp_path: Path, unbroken: dict[str, Tensor], rank: int) -> None:
-    broken = launch(tmp_path, 33, rank)
+@pytest.mark.parametrize(
+    ("rank", "where", "fsdp"),
+    [(0, "step", False), (1, "step", False), (0, "checkpoint", False), (1, "step", True), (0, "checkpoint", True)],
+)
+def test_a_killed_worker_of_two_loses_nothing(
+    tmp_path: Path, unbroken: dict[str, Tensor], rank: int, where: str, fsdp: bool
+) -> None:
+    broken = launch(tmp_path, 33, rank, where, fsdp=fsdp)
     assert broken.returncode != 0
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert 30 <= step <= 33
-    done = launch(tmp_path, -1, 0)
+    assert (tmp_path / "checkpoint.tmp").exists() == (where == "checkpoint")
+    done = launch(tmp_path, -1, 0, where, fsdp=fsdp)
     assert done.returncode == 0, done.stderr
     assert close(run(tmp_path), unbroken)
     assert [r["step"] for r in rows(tmp_path)] == [20, 40, 50]
+
+
+@pytest.mark.parametrize("kind", ["plain", "features"])
+def test_a_network_shared_out_among_two_learns_what_one_learns(tmp_path: Path, tiny: Bundle, kind: str) -> None:
+    tiny.unet.save_pretrained(tmp_path / "unet")
+    stage = unet_stage(tmp_path / "unet", kind)
+    one = train(stage, UNET, tmp_path / "one", seed=0, name="u")
+    done = launch(tmp_path, -1, 0, kind, fsdp=True)
+    assert done.returncode == 0, done.stderr
+    two = unet_stage(tmp_path / "unet", kind).network
+    before, batch = stage.loss(two, stage.batch(Draw(1, 0))), stage.batch(Draw(1, 0))
+    two.load_state_dict(torch.load(tmp_path / "two.pt", weights_only=True))
+    # of outputs, not weights: Adam makes a whole step of the rounding in a bias that a norm takes out again
+    assert abs(stage.loss(two, batch) - stage.loss(one, batch)) < 1e-5 < abs(before - stage.loss(one, batch))
+    for a, b in zip(rows(tmp_path), rows(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    # one process goes on from what two saved in parts
+    more = msgspec.structs.replace(UNET, steps=UNET.steps + 2, lr_decay="constant")
+    train(unet_stage(tmp_path / "unet", kind), more, tmp_path, seed=0, name="u")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == UNET.steps + 2
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
@@ -253,6 +304,51 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
     with pytest.raises(RecipeError, match="linear: batch_size=8 does not divide among 3 processes"):
         run(tmp_path)
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+def test_activations_computed_anew_change_nothing(tmp_path: Path, tiny: Bundle) -> None:
+    tiny.unet.save_pretrained(tmp_path / "unet")
+    kept, both = [], []
+    for anew in (False, True):
+        spec = msgspec.structs.replace(UNET, gradient_checkpointing=anew)
+        stage = unet_stage(tmp_path / "unet", "features")
+        sizes: list[int] = []
+
+        def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            both.append(train(stage, spec, tmp_path / str(anew), seed=0, name="u").state_dict())
+        kept.append(sum(sizes))
+    assert close(both[0], both[1]) and kept[1] < kept[0] / 2
+    with pytest.raises(RecipeError, match="gradient_checkpointing is for U-Nets; Linear has none"):
+        run(tmp_path, gradient_checkpointing=True)
+
+
+def test_moments_in_eight_bits_learn_as_much_and_go_on(tmp_path: Path, tiny: Bundle) -> None:
+    tiny.unet.save_pretrained(tmp_path / "unet")
+    spec = msgspec.structs.replace(UNET, steps=30, optimiser="adamw-8bit", lr=1e-3, lr_decay="constant")
+
+    def trained(folder: Path, spec: Train = spec) -> dict[str, Tensor]:
+        return dict(train(unet_stage(tmp_path / "unet", "plain"), spec, folder, seed=0, name="u").state_dict())
+
+    whole = trained(tmp_path / "whole")
+    trained(tmp_path / "parts", msgspec.structs.replace(spec, steps=17))
+    assert equal(trained(tmp_path / "parts"), whole)
+    trained(tmp_path / "full", msgspec.structs.replace(spec, optimiser="adamw"))
+    losses = [rows(tmp_path / k)[-1]["loss"] for k in ("full", "whole")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2) and losses[1] < rows(tmp_path / "whole")[0]["loss"]
+    sizes = [(tmp_path / k / "checkpoint.pt").stat().st_size for k in ("full", "whole")]
+    assert sizes[1] < 0.75 * sizes[0]  # 4 × 4 bytes a weight against 2 × 4 + 2 × 1
+
+
+def test_eight_bits_and_sharing_out_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="does not go with fsdp"):
+        Train(steps=1, optimiser="adamw-8bit", fsdp=True)
 
 
 # -- broken off --------------------------------------------------------------------------------
@@ -297,7 +393,10 @@ def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: dict[str, Tensor]
 def test_killed_without_a_word_and_run_again_equals_unbroken(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), "33", "0"], env=environment, capture_output=True, text=True
+        [sys.executable, __file__, str(tmp_path), "33", "0", "step", "{}"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 33
@@ -395,7 +494,7 @@ def test_a_log_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
 def test_a_checkpoint_is_written_when_its_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, saved = [0.0], []
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trainer, "save", lambda folder, network, ema, optimiser, step: saved.append(step))
+    monkeypatch.setattr(trainer, "save", lambda folder, network, ema, optimiser, step, write: saved.append(step))
 
     def at(step: int) -> None:
         now[0] += 20.0
@@ -404,11 +503,31 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(tmp_path: Path, monke
     assert saved == [10, 20, 30]
 
 
-if __name__ == "__main__":
-    killed, rank = map(int, sys.argv[2:])
+def main(folder: Path, killed: int, rank: int, where: str, changes: dict) -> None:
+    """Train in this process; process `rank` kills itself at step `killed`, drawing its batch or writing its end."""
+    if where in ("plain", "features"):
+        spec = msgspec.structs.replace(UNET, **changes)
+        network = train(unet_stage(folder / "unet", where), spec, folder, seed=0, name="u")
+        if os.environ["RANK"] == "0":
+            torch.save(network.state_dict(), folder / "two.pt")
+        return
+    mine, real = int(os.environ.get("RANK", 0)) == rank, torch.save
 
     def kill(step: int) -> None:
-        if step == killed and int(os.environ.get("RANK", 0)) == rank:
+        if step == killed and mine and where == "step":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run(Path(sys.argv[1]), linear_stage(kill), checkpoint_minutes=ALWAYS)
+    def half(state: dict, file: Any) -> None:
+        if state["step"] == killed:
+            file.write(b"PK half a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(state, file)
+
+    if mine and where == "checkpoint":
+        torch.save = half
+    run(folder, linear_stage(kill), checkpoint_minutes=ALWAYS, **changes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))

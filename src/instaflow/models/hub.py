@@ -43,8 +43,8 @@ def locate(source: str | Path) -> Path:
     return download(str(source))
 
 
-def download(name: str) -> Path:
-    """Snapshot folder of a hub id in the local cache, fetched when it can be.
+def download(name: str, *files: str) -> Path:
+    """Snapshot folder of a hub id in the local cache, fetched when it can be: these files, or a bundle's.
 
     Raises:
         BundleError: not cached, and the hub cannot be reached or has no such model.
@@ -53,7 +53,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files or FILES)))
     except GatedRepoError as error:
         raise BundleError(
             f"{name} asks you to accept its terms on the hub and to log in first: hf auth login"

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 class StackedUNet(ModelMixin, ConfigMixin):
     """Called as a `UNet2DConditionModel` is; `config` has the fields of it that callers read."""
 
+    _supports_gradient_checkpointing = True
+    _no_split_modules = UNet2DConditionModel._no_split_modules
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,

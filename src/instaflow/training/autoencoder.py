@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from instaflow.data.pictures import Picture
 from instaflow.images import save_grid, to_tensor, to_uint8
 from instaflow.models.networks import build_autoencoder, encode_pictures
-from instaflow.models.perceptual import PerceptualDistance
+from instaflow.models.perceptual import Lite1
 from instaflow.recipe import Autoencoder
 from instaflow.training.trainer import Batch, Draw, Stage
 
@@ -52,7 +52,7 @@ def autoencoder_stage(
         device: where the network of the perceptual loss goes.
     """
     pixels = np.stack([p.pixels(size) for p in pictures])
-    perceptual = PerceptualDistance().to(device) if spec.perceptual_weight else None
+    perceptual = Lite1().to(device) if spec.perceptual_weight else None
     if vae is None:
         vae = build_autoencoder(spec)
     else:

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from instaflow.errors import DataError, RecipeError
 from instaflow.recipe import Train
+from instaflow.training.checkpoint import restore, save
+from instaflow.training.memory import build_optimiser, fewer_activations, layout, sharded, unshard
 
 Batch = dict[str, Tensor]
 
@@ -91,17 +89,19 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     AcceleratorState._reset_state()  # it would keep the precision of the run's first stage
     accelerator = Accelerator(mixed_precision=spec.precision)
     plain: Any = stage.network.train().to(accelerator.device)
-    plain = plain.to(memory_format=torch.channels_last)
+    plain = plain.to(memory_format=layout(spec))
+    if spec.gradient_checkpointing:
+        fewer_activations(plain, name)
+    if spec.fsdp:
+        plain = sharded(plain)
     ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
-    optimiser = torch.optim.AdamW(
-        plain.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=True
-    )
+    optimiser = build_optimiser(plain, spec)
     start = restore(folder, plain, ema, optimiser)
     rank, size = accelerator.process_index, accelerator.num_processes
     if spec.batch_size % size:
         raise RecipeError(f"{name}: batch_size={spec.batch_size} does not divide among {size} processes")
     log = Log(folder / "metrics.jsonl", start, spec.steps, accelerator)
-    network, optimiser = accelerator.prepare(plain, optimiser)
+    network, optimiser = plain if spec.fsdp else accelerator.prepare(plain), accelerator.prepare(optimiser)
     if spec.compile:
         network = torch.compile(network)  # previews and saving use the plain one
     saved = time.monotonic()
@@ -130,13 +130,16 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
             done = step + 1
             log.add(done, loss, learning_rate(spec, step), spec.batch_size)
             bar.update(task, completed=done, loss="" if math.isnan(log.loss) else f"loss {log.loss:.4f}")
-            if not accelerator.is_main_process:
-                continue
             last = done == spec.steps
-            if last or time.monotonic() - saved > 60 * spec.checkpoint_minutes:
-                save(folder, plain, ema, optimiser, done)
+            due = last or time.monotonic() - saved > 60 * spec.checkpoint_minutes
+            if spec.fsdp:  # each process holds a part: all save, when the first one's clock says so
+                due = bool(broadcast(torch.tensor(due, device=accelerator.device)))
+            elif not accelerator.is_main_process:
+                continue
+            if due:
+                save(folder, plain, ema, optimiser, done, write=accelerator.is_main_process)
                 saved = time.monotonic()
-            if stage.preview and (last or done % spec.preview_every == 0):
+            if stage.preview and not spec.fsdp and (last or done % spec.preview_every == 0):
                 ema.store(plain.parameters())
                 ema.copy_to(plain.parameters())
                 stage.preview(plain.eval(), folder / "samples" / f"{done:06d}.png")
@@ -146,6 +149,8 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     ema.copy_to(plain.parameters())
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+    if spec.fsdp:
+        plain = unshard(plain, stage.network)
     return plain.eval().requires_grad_(False)
 
 
@@ -155,57 +160,6 @@ def split(batch: Batch, size: int) -> list[tuple[Batch, float]]:
     size = size or count
     starts = range(0, count, size)
     return [({k: v[i : i + size] for k, v in batch.items()}, min(size, count - i) / count) for i in starts]
-
-
-# -- checkpoints ---------------------------------------------------------------------------------
-
-
-def save(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """Write `checkpoint.pt` whole or not at all.
-
-    Raises:
-        DataError: it could not be written, a full disk for example; the one before it is as it was.
-    """
-    part = folder / "checkpoint.tmp"
-    state = {"step": step, "model": network.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
-    try:
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch says a full disk as RuntimeError
-        free = shutil.disk_usage(folder).free / 1e6
-        part.unlink(missing_ok=True)
-        raise DataError(
-            f"cannot write the checkpoint of step {step} to {folder} ({free:.0f} MB free); "
-            "the one before it is whole: make room and run again"
-        ) from error
-    part.replace(folder / "checkpoint.pt")
-
-
-def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.optim.Optimizer) -> int:
-    """Load `checkpoint.pt` if there is one; returns the step to go on from.
-
-    Raises:
-        DataError: the file is damaged, or of another network.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes a checksum for each tensor and reads past it
-            if (bad := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {bad} does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        step = int(state["step"])
-    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError, BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"damaged checkpoint {path}: {reason[:150]}; remove it to train from the beginning") from error
-    ema.to(next(network.parameters()).device)  # it keeps the file's device
-    return step
 
 
 # -- what a person watches -------------------------------------------------------------------------
