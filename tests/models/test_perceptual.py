@@ -18,7 +18,7 @@ from instaflow.models.perceptual import LPIPS, Lite1, load_perceptual
 def vgg(folder: Path) -> Path:
     """Random VGG-16 weights under torchvision's names."""
     torch.manual_seed(0)
-    state = {f"features.{k}": v for k, v in LPIPS().features_.state_dict().items()}
+    state = {f"features.{k}": v for k, v in LPIPS().features.state_dict().items()}
     save_file({**state, "classifier.0.bias": torch.zeros(3)}, folder / "vgg16.safetensors")
     return folder / "vgg16.safetensors"
 
@@ -31,7 +31,7 @@ def test_lpips_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """torchmetrics carries the authors' code; it asks torchvision for VGG-16, here of our random weights."""
     ours = load_perceptual(str(vgg(tmp_path)))
     assert isinstance(ours, LPIPS)
-    monkeypatch.setattr(published, "_get_tv_model_features", lambda *_, **__: nn.Sequential(*ours.features_))
+    monkeypatch.setattr(published, "_get_tv_model_features", lambda *_, **__: nn.Sequential(*ours.features))
     theirs = published._LPIPS(pretrained=True, net="vgg", use_dropout=True).eval()
     a, b = pictures(1), pictures(2)
     assert float(ours(a, b)) == pytest.approx(float(theirs(a, b).mean()), rel=1e-5) and float(ours(a, b)) > 0.01
@@ -41,7 +41,7 @@ def test_lpips_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_pickle_of_weights_alone_is_read_too(tmp_path: Path) -> None:
     path = vgg(tmp_path)
     ours = load_perceptual(str(path))
-    state = {f"features.{k}": v for k, v in ours.features_.state_dict().items()}
+    state = {f"features.{k}": v for k, v in ours.features.state_dict().items()}
     torch.save(state, tmp_path / "vgg16.pth")
     again = load_perceptual(str(tmp_path / "vgg16.pth"))
     assert torch.equal(ours(pictures(1), pictures(2)), again(pictures(1), pictures(2)))

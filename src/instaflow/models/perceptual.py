@@ -42,15 +42,15 @@ class PerceptualDistance(nn.Module):
         """Squared differences (B, C, h, w) → (B, h, w), one a depth."""
         return [s.sum(1) for s in squares]
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
+    def unit_maps(self, pictures: Tensor) -> list[Tensor]:
         """`maps`, every position of length 1."""
         return [F.normalize(m.float(), dim=1) for m in self.maps(pictures)]
 
     def forward(self, out: Tensor, target: Tensor) -> Tensor:
         """Scalar distance of out and target, (B, 3, H, W) in [−1, 1]; no gradient to the target."""
         with torch.no_grad():
-            wanted = self.features(target)
-        squares = [(a - b).square() for a, b in zip(self.features(out), wanted, strict=True)]
+            wanted = self.unit_maps(target)
+        squares = [(a - b).square() for a, b in zip(self.unit_maps(out), wanted, strict=True)]
         return torch.stack([s.mean() for s in self.weigh(squares)]).sum()
 
 
@@ -111,7 +111,7 @@ class LPIPS(PerceptualDistance):
                 channels = width
             else:
                 layers.append(nn.MaxPool2d(2))
-        self.features_ = nn.Sequential(*layers)
+        self.features = nn.Sequential(*layers)
         self.heads = nn.ParameterList([nn.Parameter(torch.ones(c)) for c in (64, 128, 256, 512, 512)])
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
@@ -120,7 +120,7 @@ class LPIPS(PerceptualDistance):
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """What stands before each pooling, and at the end."""
         x, maps = (pictures - self.shift) / self.scale, []
-        for layer in self.features_:
+        for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 maps.append(x)
             x = layer(x)
@@ -161,13 +161,11 @@ def load_lpips(path: Path) -> LPIPS:
     except Exception as error:  # every reader has its own: damaged, a pickle, not there
         raise BundleError(f"cannot read VGG-16's weights from {path}: {str(error).splitlines()[0][:150]}") from error
     network = LPIPS()
-    wanted = {k: v.shape for k, v in network.features_.state_dict().items()}
+    wanted = {k: v.shape for k, v in network.features.state_dict().items()}
     found = {k: weights.get(f"features.{k}") for k in wanted}
     if wrong := [k for k, v in found.items() if v is None or v.shape != wanted[k]]:
-        raise BundleError(
-            f"{path} holds no VGG-16 (without batch norm): features.{wrong[0]} is missing or of another shape"
-        )
-    network.features_.load_state_dict(found)
+        raise BundleError(f"{path} holds no VGG-16 without batch norm: features.{wrong[0]} is missing or misshapen")
+    network.features.load_state_dict(found)
     for i, head in enumerate(network.heads):
         head.data.copy_(heads[f"lin{i}.model.1.weight"].flatten())
     return network

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents
@@ -23,7 +25,7 @@ class DecodedDistance:
         """Load the network that compares; with checkpointing the decoder keeps fewer activations."""
         self.vae, self.crop = bundle.vae, spec.perceptual_crop
         self.side = bundle.latent_shape()[-1]
-        self.distance: nn.Module = load_perceptual(spec.perceptual).to(bundle.device)
+        self.distance: Any = load_perceptual(spec.perceptual).to(bundle.device)
         if spec.train.gradient_checkpointing and hasattr(self.vae, "enable_gradient_checkpointing"):
             self.vae.enable_gradient_checkpointing()
 
