@@ -48,6 +48,8 @@ def generate(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     grid: bool = False,
     model: str | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
 ) -> None:
     """Draw pictures from sentences.
 
@@ -86,6 +88,10 @@ def generate(
         All pictures on one sheet, a row a prompt.
     model
         A folder, a hub id (owner/name) or a Stable Diffusion 1.x .safetensors file; left out, the default model.
+    lora
+        A LoRA for that model, a .safetensors file or a hub id.
+    lora_scale
+        How much of it counts, usually 0 to 1.
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
@@ -96,7 +102,7 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    flow = _load(model, safety)
+    flow = _load(model, lora, safety)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
         seeds=[s for _, s in wanted],
@@ -105,6 +111,7 @@ def generate(
         steps=steps,
         guidance=guidance,
         negative=negative,
+        lora_scale=lora_scale,
     )
     from rich.progress import track
 
@@ -125,11 +132,11 @@ def _hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _load(model: str | None, safety: bool) -> InstaFlow:
+def _load(model: str | None, lora: str | None, safety: bool) -> InstaFlow:
     _hush()
     from instaflow.generate import InstaFlow
 
-    flow = InstaFlow.load(model, safety=safety)
+    flow = InstaFlow.load(model, lora=lora, safety=safety)
     if flow.bundle.card.image_size <= 128:
         flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
     return flow
@@ -192,12 +199,20 @@ def _file_name(prompt: str) -> str:
 
 
 @app.command
-def run(recipe: Path, *, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")) -> None:
+def run(
+    recipe: Path,
+    *,
+    dry_run: bool = False,
+    gpu: str | None = None,
+    root: Root = Path("runs"),
+    cache: Cache = Path("data"),
+) -> None:
     """Carry out all stages of a recipe; what is done is skipped, what was begun goes on.
 
     ```
     instaflow run recipes/smoke.toml
     instaflow run recipes/emoji.toml --dry-run
+    instaflow run recipes/sd15.toml --dry-run --gpu a100
     ```
 
     Parameters
@@ -206,8 +221,12 @@ def run(recipe: Path, *, dry_run: bool = False, root: Root = Path("runs"), cache
         A TOML file.
     dry_run
         Print what would run and what it costs, and stop.
+    gpu
+        With --dry-run, the days it takes on one: a100 (the published run's speed) or here (ten seconds of measuring).
     """
-    _carry_out(recipe, None, None, dry_run, root, cache)
+    if gpu and not dry_run:
+        raise DataError("--gpu says what a run would cost; it goes with --dry-run")
+    _carry_out(recipe, None, None, dry_run, root, cache, gpu)
 
 
 @app.command
@@ -255,7 +274,13 @@ def evaluate(
 
 
 def _carry_out(
-    path: Path, stage: str | None, kinds: tuple[str, ...] | None, dry_run: bool, root: Path, cache: Path
+    path: Path,
+    stage: str | None,
+    kinds: tuple[str, ...] | None,
+    dry_run: bool,
+    root: Path,
+    cache: Path,
+    gpu: str | None = None,
 ) -> None:
     from instaflow.errors import RecipeError
     from instaflow.recipe import kind, load_recipe
@@ -266,7 +291,7 @@ def _carry_out(
         if found not in kinds:
             raise RecipeError(f"stage {stage!r} is of kind {found}; this verb takes {', '.join(kinds)} ({path})")
     if dry_run:
-        _print_costs(recipe, stage)
+        _print_costs(recipe, stage, gpu)
         return
     _hush()
     from instaflow.training.run import Run
@@ -302,26 +327,41 @@ def _evaluate(run: Run, stage: Evaluate) -> None:
         print(f"{run.folder / stage.name / 'report.md'}: {len(report['models'])} rows")
 
 
-def _print_costs(recipe: Recipe, only: str | None) -> None:
+def _print_costs(recipe: Recipe, only: str | None, gpu: str | None) -> None:
+    _hush()
     from rich.console import Console
     from rich.table import Table
 
-    from instaflow.training.cost import cost
+    from instaflow.training.cost import bills, days, speed
 
-    table = Table(
-        "stage", "kind", "images", "U-Net forwards", "pairs, MB", title=f"recipe {recipe.name}: what it costs"
-    )
+    device = speed(gpu) if gpu else None
+    found, assumed = bills(recipe, only)
+    columns = ["stage", "kind", "images", "forwards", "PFLOP", "MB a sample", "pairs, GB"]
+    table = Table(*columns, *([f"on one {gpu}"] if gpu else []), title=f"recipe {recipe.name}: what it costs")
     for column in table.columns[2:]:
         column.justify = "right"
-    stages = [recipe.stage(only)] if only else recipe.stages
-    bills = [cost(stage, recipe) for stage in stages]
-    for b in bills:
-        table.add_row(
-            b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.storage_mb:,.1f}" if b.storage_mb else ""
-        )
-    total = (sum(b.images for b in bills), sum(b.forwards for b in bills), sum(b.storage_mb for b in bills))
-    table.add_row("all", "", f"{total[0]:,}", f"{total[1]:,}", f"{total[2]:,.1f}", style="bold")
+    for b in found:
+        memory, stored = f"{b.sample_mb:,.0f}" if b.sample_mb else "", _gigabytes(b.storage_mb)
+        row = [b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.flops / 1e15:,.1f}", memory, stored]
+        table.add_row(*row, *([_duration(days(b, device))] if device else []))
+    flops, stored = sum(b.flops for b in found), _gigabytes(sum(b.storage_mb for b in found))
+    total = ["all", "", f"{sum(b.images for b in found):,}", f"{sum(b.forwards for b in found):,}"]
+    total += [f"{flops / 1e15:,.1f}", "", stored]
+    table.add_row(*total, *([_duration(sum(days(b, device) for b in found))] if device else []), style="bold")
     Console().print(table)
+    for name in sorted(assumed):
+        print(f"{name} is not on this machine: counted as Stable Diffusion 1.5")
+
+
+def _duration(days: float) -> str:
+    for unit, share in (("d", 1), ("h", 24), ("min", 24 * 60)):
+        if days * share >= 2 or unit == "min":
+            break
+    return f"{days * share:,.{0 if days * share >= 20 else 1}f} {unit}"
+
+
+def _gigabytes(megabytes: float) -> str:
+    return f"{megabytes / 1000:,.2f}" if megabytes else ""
 
 
 @app.command

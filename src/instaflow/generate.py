@@ -39,6 +39,8 @@ class Drawing:
     latency_ms: float
     """Text to pixels, the batch's time shared by its pictures."""
     negative: str = ""
+    lora: str = ""
+    """The LoRA's name and scale, when the model has one."""
     blocked: bool = False
     """The bundle's own safety checker objected, and the picture is black."""
 
@@ -60,6 +62,8 @@ class Drawing:
         }
         if self.negative:
             text["negative prompt"] = self.negative
+        if self.lora:
+            text["lora"] = self.lora
         if self.blocked:
             text["blocked"] = "by the model's safety checker"
         save_png(self.image, Path(path), text)
@@ -69,24 +73,37 @@ class Drawing:
 class InstaFlow:
     """A loaded model that draws."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Wrap a bundle."""
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, lora: str = "") -> None:
+        """Wrap a bundle, which has this LoRA on it."""
+        self.bundle, self.lora = bundle, lora
 
     @classmethod
-    def load(cls, model: str | Path | None = None, *, device: str = "cpu", safety: bool = True) -> InstaFlow:
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        lora: str | Path | None = None,
+        device: str = "cpu",
+        safety: bool = True,
+    ) -> InstaFlow:
         """Load a model.
 
         Args:
             model: a bundle folder, ours or a diffusers one; a hub id; a Stable Diffusion 1.x .safetensors
                 file. None loads the default model that comes with the package.
+            lora: a LoRA to put on it, a .safetensors file or a hub id; `generate` takes its scale.
             device: torch device.
             safety: run the model's own safety checker, when it has one.
 
         Raises:
-            BundleError: no such model, or it cannot be read.
+            BundleError: no such model or LoRA, it cannot be read, or the one is not for the other.
         """
-        return cls(Bundle.load(model or DEFAULT, device=device, safety=safety))
+        bundle = Bundle.load(model or DEFAULT, device=device, safety=safety)
+        if lora is not None:
+            from instaflow.models.lora import load_lora  # peft, which nothing else needs
+
+            load_lora(bundle, lora)
+        return cls(bundle, Path(lora).stem if lora else "")
 
     def generate(
         self,
@@ -98,10 +115,18 @@ class InstaFlow:
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
+        lora_scale: float = 1.0,
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
         drawings = self.generate_many(
-            [prompt], seeds=[seed], style=style, size=size, steps=steps, guidance=guidance, negative=negative
+            [prompt],
+            seeds=[seed],
+            style=style,
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            lora_scale=lora_scale,
         )
         return next(drawings)
 
@@ -115,6 +140,7 @@ class InstaFlow:
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
+        lora_scale: float = 1.0,
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -128,10 +154,11 @@ class InstaFlow:
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
+            lora_scale: how much of the LoRA counts; 0 is the model without it.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
-                steps or guidance that this kind of model cannot do.
+                steps or guidance that this kind of model cannot do; a scale without a LoRA.
         """
         card = self.bundle.card
         steps = card.steps if steps is None else steps
@@ -140,6 +167,8 @@ class InstaFlow:
         self.bundle.check_request(steps=steps, guidance=guidance, size=size, negative=negative)
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
+        if lora_scale != 1.0 and not self.lora:
+            raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
@@ -151,14 +180,25 @@ class InstaFlow:
         for prompt, text in zip(prompts, texts, strict=True):
             self.bundle.check_prompt(prompt)
             self.bundle.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative)
+        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale)
 
     def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, size: int, negative: str
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        size: int,
+        negative: str,
+        lora_scale: float,
     ) -> Iterator[Drawing]:
         # One picture a call of the networks: batched matrix products round differently with the
         # batch's size, and the same inputs must give the same bytes.
         for prompt, seed in zip(prompts, seeds, strict=True):
+            if self.lora:
+                from instaflow.models.lora import set_lora_scale
+
+                set_lora_scale(self.bundle, lora_scale)
             start = time.perf_counter()
             latents = sample(
                 self.bundle, [prompt], seeds=[seed], steps=steps, guidance=guidance, size=size, negative=negative
@@ -183,5 +223,6 @@ class InstaFlow:
                 guidance=guidance,
                 latency_ms=latency_ms,
                 negative=negative,
+                lora=f"{self.lora} at {lora_scale:g}" if self.lora else "",
                 blocked=blocked,
             )

@@ -165,6 +165,7 @@ class OnPairs(Spec, frozen=True, kw_only=True):
     model: str
     """Where the weights start."""
     pairs: str
+    """A stage, a folder of pairs, or one in an object store, 's3://bucket/pairs' (fsspec)."""
     perceptual: str = ""
     """LPIPS by its VGG-16 weights, a file or a hub id ('timm/vgg16.tv_in1k'); empty takes EfficientNet-Lite1."""
     perceptual_weight: Positive = 1.0

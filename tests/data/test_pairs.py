@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
+from upath import UPath
 
 from instaflow.data.pairs import (
     MANIFEST,
@@ -97,6 +100,51 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
         refusal(path)
+
+
+def test_pairs_are_read_from_an_object_store_as_from_a_folder(tmp_path: Path) -> None:
+    open_manifest(tmp_path, MINE)
+    write_shard(shard_path(tmp_path, 0), prompts=PROMPTS[:3], seeds=[7, 8, 9], x1=latents(3))
+    write_shard(shard_path(tmp_path, 1), prompts=PROMPTS[3:], seeds=[10], x1=latents(1))
+    store = UPath("memory://bucket/pairs")
+    for file in tmp_path.iterdir():
+        (store / file.name).write_bytes(file.read_bytes())
+    here, there = open_pairs(tmp_path).batch(0, 0, 6), open_pairs(store).batch(0, 0, 6)
+    assert here.prompts == there.prompts and here.seeds == there.seeds and torch.equal(here.x1, there.x1)
+    content = bytearray((store / "00001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (store / "00001.safetensors").write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"damaged shard memory://bucket/pairs/00001.safetensors: its checksum"):
+        open_pairs(store).batch(0, 0, 6)
+    (store / "00001.safetensors").unlink()
+    with pytest.raises(DataError, match="lacks 1 of its 2 shards, the first 00001"):
+        open_pairs(store)
+
+
+def test_memory_stays_bounded_over_a_hundred_thousand_pairs(tmp_path: Path) -> None:
+    """128 MB of shards, read in training's order in a process of its own: what it holds stays flat."""
+    count = 100_352
+    open_manifest(tmp_path, msgspec.structs.replace(MINE, count=count, shard_size=1024, shape=(4, 16, 16)))
+    x1 = torch.zeros(1024, 4, 16, 16)
+    for i in range(count // 1024):
+        seeds = list(range(1024 * i, 1024 * i + 1024))
+        write_shard(shard_path(tmp_path, i), prompts=[f"prompt {s}" for s in seeds], seeds=seeds, x1=x1)
+    program = (
+        "import sys, psutil; from pathlib import Path; from instaflow.data.pairs import open_pairs\n"
+        "pairs, size, seen = open_pairs(Path(sys.argv[1])), [], 0\n"
+        "for step in range(len(pairs) // 512):\n"
+        "    seen += sum(pairs.batch(0, step, 512).seeds)\n"
+        "    size.append(psutil.Process().memory_info().rss)\n"
+        "quarter = len(size) // 4\n"
+        "print(seen, max(size[quarter:2 * quarter]), max(size[3 * quarter:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    seen, early, late = map(int, out.stdout.split())
+    assert seen == count * (count - 1) // 2  # every pair once
+    assert late - early < 20e6 < count * 4 * 16 * 16 * 2 / 8
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

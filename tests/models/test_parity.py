@@ -56,9 +56,7 @@ def full_size() -> dict[str, Any]:
             sample_size=512,
         ),
         "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-            )
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         ),
     }
     for part in parts.values():

@@ -18,13 +18,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from instaflow.errors import DataError
 
 MANIFEST = "manifest.json"
+BYTES = 2  # of a number of X₁, fp16
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,15 +141,22 @@ def read_shard(path: Path) -> PairSet:
         DataError: missing, truncated or changed; the message names the file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            x1, seeds = file.get_tensor("x1"), file.get_tensor("seeds")
-        text = metadata["prompts"]
-    except (SafetensorError, OSError, KeyError) as error:
+        content = path.read_bytes()  # not mapped: it may be in an object store
+        tensors, metadata = load(content), _metadata(content)
+        x1, seeds, text = tensors["x1"], tensors["seeds"], metadata["prompts"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"damaged shard {path}: {error}; remove it and run again to draw it anew") from error
     if _digest(x1, seeds, text) != metadata.get("sha256"):
         raise DataError(f"damaged shard {path}: its checksum does not match; remove it and run again to draw it anew")
     return PairSet(prompts=json.loads(text), seeds=seeds.tolist(), x1=x1)
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """The text that a safetensors file carries beside its tensors."""
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    metadata: dict[str, Any] = header["__metadata__"]
+    return metadata
 
 
 class PairReader:
@@ -228,6 +236,9 @@ class PairReader:
 
 def open_pairs(folder: Path) -> PairReader:
     """A reader of a folder's pairs; each shard is verified when it is read.
+
+    Args:
+        folder: on this machine, or a `UPath` of fsspec: S3, Google storage, HTTP, …
 
     Raises:
         DataError: no manifest, or a shard is missing.

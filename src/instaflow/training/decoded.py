@@ -27,7 +27,7 @@ class DecodedDistance:
         self.side = bundle.latent_shape()[-1]
         self.distance: Any = load_perceptual(spec.perceptual).to(bundle.device)
         if spec.train.gradient_checkpointing and hasattr(self.vae, "enable_gradient_checkpointing"):
-            self.vae.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def batch(self, draw: Draw, count: int) -> Batch:
         """Where each sample is cut, {'corner': (B, 2)}; nothing when all is decoded."""

@@ -129,6 +129,8 @@ class Run:
 
     def output(self, name: str) -> Path:
         """Where a stage's bundle or pairs are, or a model given by path or hub id."""
+        if "://" in name:
+            return _remote(name)
         if "/" in name:
             return locate(name)
         stage = self.recipe.stage(name)
@@ -351,3 +353,17 @@ class Run:
         train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         if self.processes.is_main_process:
             bundle.save(self.output(stage.name))
+
+
+def _remote(url: str) -> Any:
+    """A folder of pairs in an object store, as fsspec names it: 's3://bucket/pairs'.
+
+    Raises:
+        DataError: a kind of address that fsspec does not know, or whose package is missing.
+    """
+    from upath import UPath
+
+    try:
+        return UPath(url)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"cannot read {url}: {error}") from error
