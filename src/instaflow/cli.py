@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -130,6 +131,7 @@ def _hush() -> None:
     """Before they are imported, tell the libraries to keep their own bars and notes to themselves."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _load(model: str | None, lora: str | None, safety: bool) -> InstaFlow:
@@ -336,16 +338,17 @@ def _print_costs(recipe: Recipe, only: str | None, gpu: str | None) -> None:
 
     device = speed(gpu) if gpu else None
     found, assumed = bills(recipe, only)
-    columns = ["stage", "kind", "images", "forwards", "PFLOP", "MB a sample", "pairs, GB"]
+    columns = ["stage", "images", "forwards", "PFLOP", "MB a sample", "pairs, GB"]
     table = Table(*columns, *([f"on one {gpu}"] if gpu else []), title=f"recipe {recipe.name}: what it costs")
-    for column in table.columns[2:]:
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
         column.justify = "right"
     for b in found:
         memory, stored = f"{b.sample_mb:,.0f}" if b.sample_mb else "", _gigabytes(b.storage_mb)
-        row = [b.stage, b.kind, f"{b.images:,}", f"{b.forwards:,}", f"{b.flops / 1e15:,.1f}", memory, stored]
+        row = [b.stage, f"{b.images:,}", f"{b.forwards:,}", f"{b.flops / 1e15:,.1f}", memory, stored]
         table.add_row(*row, *([_duration(days(b, device))] if device else []))
     flops, stored = sum(b.flops for b in found), _gigabytes(sum(b.storage_mb for b in found))
-    total = ["all", "", f"{sum(b.images for b in found):,}", f"{sum(b.forwards for b in found):,}"]
+    total = ["all", f"{sum(b.images for b in found):,}", f"{sum(b.forwards for b in found):,}"]
     total += [f"{flops / 1e15:,.1f}", "", stored]
     table.add_row(*total, *([_duration(sum(days(b, device) for b in found))] if device else []), style="bold")
     Console().print(table)

@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def processes(self) -> PartialState:
         """This process among those that its launcher started; alone when there was none."""
-        return PartialState()
+        return PartialState(cpu=not torch.accelerator.is_available())  # unasked it takes each for alone on a CPU
 
     @property
     def workers(self) -> tuple[int, int]:
