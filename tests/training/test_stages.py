@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,22 @@ class Spy(nn.Module):
     def forward(self, x: Tensor, time: Tensor, states: Tensor) -> SimpleNamespace:
         self.asked.append((x, time, states))
         return self.unet(x, time, states)
+
+
+def test_states_are_kept_up_to_a_limit_and_the_same_either_way(tiny: Bundle) -> None:
+    prompts = [f"a red apple {i}" for i in range(8)]
+    asked: list[int] = []
+
+    def encode(some: Sequence[str]) -> Tensor:
+        asked.append(len(some))
+        return tiny.encode(some)
+
+    each = tiny.encode(prompts[:1])[0].numel() * 2
+    free, tight = TextCache(encode), TextCache(encode, limit=3 * each)
+    for start in (0, 2, 4, 0):
+        assert torch.equal(free(prompts[start : start + 4]), tight(prompts[start : start + 4]))
+    assert len(free.states) == 8 and len(tight.states) == 3
+    assert sum(asked) == 8 + (4 + 2 + 2 + 4)  # free: each once; tight: those dropped once again
 
 
 # -- reflow ------------------------------------------------------------------------------------
@@ -158,6 +175,49 @@ def test_u_shaped_times_reach_both_ends_and_are_symmetric() -> None:
     np.testing.assert_allclose(ends.numpy(), [0, 0.5, 1], atol=1e-12)
     u = torch.rand(100, dtype=torch.float64)
     torch.testing.assert_close(times(spec, u), 1 - times(spec, 1 - u), rtol=0, atol=1e-9)
+
+
+def test_lpips_huber_is_the_papers(own: Callable[..., Bundle], pairs: PairReader) -> None:
+    bundle = own(kind="rectified", prediction="velocity")
+    spec = Reflow(
+        name="r", model="m", pairs="p", loss="lpips-huber", perceptual_weight=3.0, empty_prompts=0.0, train=TRAIN
+    )
+    stage = reflow_stage(spec, bundle, pairs)
+    batch = stage.batch(Draw(0, 0))
+    with torch.no_grad():
+        loss = float(stage.loss(bundle.unet, batch))
+    hubers, ends = [], []
+    for x0, x1, t, states in zip(batch["x0"], batch["x1"], batch["t"].tolist(), batch["states"], strict=True):
+        x_t = t * x1 + (1 - t) * x0
+        with torch.no_grad():
+            v = bundle.unet(x_t[None], 1000 * (1 - t), states[None]).sample[0]
+        squares, c = float((x1 - x0 - v).square().sum()), 0.00054 * 64
+        hubers.append(t * (math.sqrt(squares + c * c) - c) / 64)
+        ends.append(x_t + (1 - t) * v)
+    lite = Lite1()
+    with torch.no_grad():
+        wanted = lite(decode_latents(bundle.vae, torch.stack(ends)), decode_latents(bundle.vae, batch["x1"]))
+    assert loss == pytest.approx(np.mean(hubers) + 3.0 * float(wanted), rel=1e-4)
+
+
+def test_a_crop_is_compared_where_it_was_cut(own: Callable[..., Bundle], pairs: PairReader) -> None:
+    bundle = own(kind="one-step", prediction="velocity")
+    spec = Distil(name="d", model="m", pairs="p", loss="perceptual", perceptual_crop=3, train=TRAIN)
+    stage, plain = distil_stage(spec, bundle, pairs), distil_stage(DISTIL, bundle, pairs)
+    corners = torch.cat([stage.batch(Draw(0, step))["corner"] for step in range(40)])
+    assert corners.unique(dim=0).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]  # every place of a 3 × 3 in 4 × 4
+    batch = stage.batch(Draw(0, 0))
+    with torch.no_grad():
+        out = batch["x0"] + bundle.unet(batch["x0"], torch.tensor(1000.0), batch["states"]).sample
+        cut = [
+            torch.stack([s[:, y : y + 3, x : x + 3] for s, (y, x) in zip(z, batch["corner"].tolist(), strict=True)])
+            for z in (out, batch["x1"])
+        ]
+        wanted = Lite1()(*(decode_latents(bundle.vae, z) for z in cut))
+        loss = stage.loss(bundle.unet, batch) - plain.loss(bundle.unet, batch)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-3)
+    whole = distil_stage(msgspec.structs.replace(spec, perceptual_crop=4), bundle, pairs)
+    assert "corner" not in whole.batch(Draw(0, 0))
 
 
 # -- distillation ------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from instaflow.training.trainer import Batch, Draw
 
 
 class TextCache:
-    """Token states of every caption met so far; captions recur, the text encoder is frozen."""
+    """Token states of the captions met last; captions recur, the text encoder is frozen."""
 
-    def __init__(self, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """`encode` maps B prompts to states (B, L, D)."""
-        self.encode = encode
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor], limit: float = 4e9) -> None:
+        """`encode` maps B prompts to states (B, L, D); at most `limit` bytes of them are kept."""
+        self.encode, self.limit = encode, limit
         self.states: dict[str, Tensor] = {}
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -26,7 +26,10 @@ class TextCache:
         if new:
             # half once, for new and cached alike: a caption's states never depend on when it was met
             self.states.update(zip(new, self.encode(new).half().cpu(), strict=True))
-        return torch.stack([self.states[p] for p in prompts]).float()
+        states = torch.stack([self.states[p] for p in prompts]).float()
+        while len(self.states) * states[0].nbytes // 2 > self.limit:
+            del self.states[next(iter(self.states))]  # the one met first
+        return states
 
 
 def pair_batch(pairs: PairReader, encode: TextCache, draw: Draw, batch_size: int, empty_prompts: float = 0.0) -> Batch:
