@@ -23,12 +23,13 @@ from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents, encode_pictures
 from instaflow.models.perceptual import Lite1
-from instaflow.recipe import Autoencoder, Distil, Reflow, Train
+from instaflow.recipe import Autoencoder, Distil, Reflow, Teacher, Train
 from instaflow.training.autoencoder import MOMENT_WEIGHT, autoencoder_stage
 from instaflow.training.batches import TextCache
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_prompts
 from instaflow.training.reflow import reflow_stage, times
+from instaflow.training.teacher import teacher_stage
 from instaflow.training.trainer import Draw
 
 TRAIN = Train(steps=1, batch_size=5)
@@ -80,6 +81,33 @@ def test_states_are_kept_up_to_a_limit_and_the_same_either_way(tiny: Bundle) -> 
         assert torch.equal(free(prompts[start : start + 4]), tight(prompts[start : start + 4]))
     assert len(free.states) == 8 and len(tight.states) == 3
     assert sum(asked) == 8 + (4 + 2 + 2 + 4)  # free: each once; tight: those dropped once again
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "teacher", "reflow", "distil"])
+def test_the_parts_of_several_processes_are_the_batch_of_one(
+    own: Callable[..., Bundle], pairs: PairReader, kind: str
+) -> None:
+    bundle, blank = own(kind="rectified", prediction="velocity"), Image.new("RGB", (32, 32), "red")
+    pictures = [Picture.from_image(blank, name=f"thing {i}", keywords=(f"word {i}",)) for i in range(4)]
+    match kind:
+        case "autoencoder":
+            spec = Autoencoder(name="a", latent_channels=4, widths=(8, 16, 16), train=TRAIN)
+            stage = autoencoder_stage(spec, pictures, 32)
+        case "teacher":
+            teacher = Teacher(name="t", autoencoder="a", empty_prompts=0.3, train=TRAIN)
+            stage = teacher_stage(teacher, bundle, pictures, torch.randn(4, 4, 4, 4))
+        case "reflow":
+            reflow = msgspec.structs.replace(REFLOW, loss="lpips-huber", perceptual_crop=2, empty_prompts=0.3)
+            stage = reflow_stage(reflow, bundle, pairs)
+        case _:
+            stage = distil_stage(DISTIL, bundle, pairs)
+    for step in range(3):
+        whole = stage.batch(Draw(0, step))
+        for rank in range(3):
+            part = stage.batch(Draw(0, step, part=(rank, 3)))
+            assert part.keys() == whole.keys()
+            for key, value in part.items():
+                torch.testing.assert_close(value, whole[key][rank::3], rtol=0, atol=1e-3 if key == "states" else 0)
 
 
 # -- reflow ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def linear_stage(at: Callable[[int], None] = lambda step: None, start: int = 0) 
 
     def batch(draw: Draw) -> Batch:
         at(next(count))
-        return {"x": draw.normal(SPEC.batch_size, 3), "weight": draw.uniform(SPEC.batch_size)}
+        return {"x": draw.own(draw.normal(SPEC.batch_size, 3)), "weight": draw.own(draw.uniform(SPEC.batch_size))}
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         error = (network(batch["x"]) - batch["x"] @ WANTED.T).square().mean(1)
@@ -86,7 +86,8 @@ def unet_stage(folder: Path, kind: str) -> Stage:
     def batch(draw: Draw) -> Batch:
         x = draw.normal(UNET.batch_size, config.in_channels, config.sample_size, config.sample_size)
         states = draw.normal(UNET.batch_size, 3, config.cross_attention_dim)
-        return {"x": x, "time": 1000 * draw.uniform(UNET.batch_size), "states": states}
+        batch = {"x": x, "time": 1000 * draw.uniform(UNET.batch_size), "states": states}
+        return {k: draw.own(v) for k, v in batch.items()}
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         return network(batch["x"], batch["time"], batch["states"]).sample.square().mean()

@@ -182,13 +182,13 @@ class PairReader:
         """(shard, row) of each sample of a step's batch."""
         return [self._place(seed, *divmod(step * size + i, self.total)) for i in range(size)]
 
-    def batch(self, seed: int, step: int, size: int) -> PairSet:
-        """The pairs of a step's batch.
+    def batch(self, seed: int, step: int, size: int, part: tuple[int, int] = (0, 1)) -> PairSet:
+        """The pairs of a step's batch, or of part (i, n) of it: each n-th one from the i-th on.
 
         Raises:
             DataError: a shard is missing or damaged.
         """
-        places = self.chosen(seed, step, size)
+        places = self.chosen(seed, step, size)[part[0] :: part[1]]
         shards = [(self._shard(shard), row) for shard, row in places]
         return PairSet(
             prompts=[s.prompts[row] for s, row in shards],

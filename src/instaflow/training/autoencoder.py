@@ -60,8 +60,8 @@ def autoencoder_stage(
     shape = (vae.config.latent_channels, size // 8, size // 8)
 
     def batch(draw: Draw) -> Batch:
-        chosen = draw.indices(len(pixels), spec.train.batch_size)
-        noise = draw.normal(len(chosen), *shape)
+        chosen = draw.own(draw.indices(len(pixels), spec.train.batch_size))
+        noise = draw.own(draw.normal(spec.train.batch_size, *shape))
         return {"pictures": to_tensor(pixels[chosen]), "noise": noise}
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:

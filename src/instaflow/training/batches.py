@@ -33,10 +33,11 @@ class TextCache:
 
 
 def pair_batch(pairs: PairReader, encode: TextCache, draw: Draw, batch_size: int, empty_prompts: float = 0.0) -> Batch:
-    """A batch of pairs: x1, the noise x0 back from its seed, and token states."""
-    chosen = pairs.batch(draw.seed, draw.step, batch_size)
+    """This process's part of a batch of pairs: x1, the noise x0 back from its seed, and token states."""
+    chosen = pairs.batch(draw.seed, draw.step, batch_size, draw.part)
     prompts = chosen.prompts
     if empty_prompts:
-        prompts = ["" if draw.python.random() < empty_prompts else p for p in prompts]
+        dropped = draw.own([draw.python.random() < empty_prompts for _ in range(batch_size)])
+        prompts = ["" if empty else p for p, empty in zip(prompts, dropped, strict=True)]
     x1 = chosen.x1.float()
     return {"x1": x1, "x0": noise(chosen.seeds, x1.shape[1:]), "states": encode(prompts)}

@@ -33,7 +33,8 @@ class DecodedDistance:
         """Where each sample is cut, {'corner': (B, 2)}; nothing when all is decoded."""
         if not 0 < self.crop < self.side:
             return {}
-        return {"corner": (draw.uniform(2 * count).reshape(count, 2) * (self.side - self.crop + 1)).long()}
+        places = draw.own(draw.uniform(2 * count).reshape(count, 2))
+        return {"corner": (places * (self.side - self.crop + 1)).long()}
 
     def __call__(self, out: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Scalar distance of latents out and target, (B, C, h, w)."""

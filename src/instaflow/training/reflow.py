@@ -43,7 +43,7 @@ def reflow_stage(spec: Reflow, bundle: Bundle, pairs: PairReader) -> Stage:
 
     def batch(draw: Draw) -> Batch:
         part = pair_batch(pairs, encode, draw, spec.train.batch_size, spec.empty_prompts)
-        part["t"] = times(spec, draw.uniform(spec.train.batch_size))
+        part["t"] = times(spec, draw.own(draw.uniform(spec.train.batch_size)))
         return {**part, **perceptual.batch(draw, spec.train.batch_size)} if perceptual else part
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:

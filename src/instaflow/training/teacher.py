@@ -31,11 +31,16 @@ def teacher_stage(spec: Teacher, bundle: Bundle, pictures: Sequence[Picture], la
     sigmas = (1 - bundle.scheduler.alphas_cumprod).sqrt()
 
     def batch(draw: Draw) -> Batch:
-        chosen = draw.indices(len(pictures), spec.train.batch_size)
+        count = spec.train.batch_size
+        chosen = draw.indices(len(pictures), count)
         captions = [pictures[i].caption(draw.python) for i in chosen]
         captions = ["" if draw.python.random() < spec.empty_prompts else c for c in captions]
-        x1 = latents[chosen]
-        return {"x1": x1, "x0": draw.normal(*x1.shape), "u": draw.uniform(len(chosen)), "states": encode(captions)}
+        return {
+            "x1": latents[draw.own(chosen)],
+            "x0": draw.own(draw.normal(count, *latents.shape[1:])),
+            "u": draw.own(draw.uniform(count)),
+            "states": encode(draw.own(captions)),
+        }
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         x1, x0, u = batch["x1"], batch["x0"], batch["u"]

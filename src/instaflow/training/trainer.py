@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -33,14 +33,22 @@ from instaflow.training.memory import build_optimiser, fewer_activations, layout
 Batch = dict[str, Tensor]
 
 
-class Draw:
-    """Every random choice of one training step."""
+T = TypeVar("T", Tensor, list[int], list[str], list[bool])
 
-    def __init__(self, seed: int, step: int) -> None:
-        """Seed Python's and torch's generators with (seed, step)."""
-        self.seed, self.step = seed, step
+
+class Draw:
+    """Every random choice of one training step, for the global batch; `own` is this process's part of it."""
+
+    def __init__(self, seed: int, step: int, part: tuple[int, int] = (0, 1)) -> None:
+        """Seed Python's and torch's generators with (seed, step); part is (number of this process, how many)."""
+        self.seed, self.step, self.part = seed, step, part
         self.python = random.Random(f"{seed}:{step}")
         self.torch = torch.Generator().manual_seed(self.python.getrandbits(63))
+
+    def own(self, batch: T) -> T:
+        """This process's samples of something drawn for the global batch; do the work on them alone."""
+        rank, size = self.part
+        return batch[rank::size]
 
     def indices(self, n: int, count: int) -> list[int]:
         """`count` indices below `n`, with replacement."""
@@ -59,8 +67,8 @@ class Draw:
 class Stage:
     """What a stage adds to the loop.
 
-    batch: the global batch of a step, tensors that all start with the batch dimension.
-    loss: a scalar from the network and this process's slice of the batch.
+    batch: this process's part of a step's batch, tensors that all start with the batch dimension.
+    loss: a scalar from the network and that part.
     preview: saves a sample grid of the (averaged) network to a path.
     """
 
@@ -110,7 +118,8 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
         task = bar.add_task(name, total=spec.steps, completed=start, loss="")
         for step in range(start, spec.steps):
             # -- one step: draw, predict, compare, update ------------------------------------
-            batch = {k: v[rank::size].to(accelerator.device) for k, v in stage.batch(Draw(seed, step)).items()}
+            drawn = stage.batch(Draw(seed, step, part=(rank, size)))
+            batch = {k: v.to(accelerator.device) for k, v in drawn.items()}
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(spec, step)
             parts, loss = split(batch, spec.micro_batch_size), torch.zeros((), device=accelerator.device)
