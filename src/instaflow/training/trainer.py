@@ -100,16 +100,17 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     plain = plain.to(memory_format=layout(spec))
     if spec.gradient_checkpointing:
         fewer_activations(plain, name)
-    if spec.fsdp:
+    rank, size = accelerator.process_index, accelerator.num_processes
+    if spec.batch_size % size:
+        raise RecipeError(f"{name}: batch_size={spec.batch_size} does not divide among {size} processes")
+    shared_out = spec.fsdp and size > 1
+    if shared_out:
         plain = sharded(plain)
     ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
     optimiser = build_optimiser(plain, spec)
     start = restore(folder, plain, ema, optimiser)
-    rank, size = accelerator.process_index, accelerator.num_processes
-    if spec.batch_size % size:
-        raise RecipeError(f"{name}: batch_size={spec.batch_size} does not divide among {size} processes")
     log = Log(folder / "metrics.jsonl", start, spec.steps, accelerator)
-    network, optimiser = plain if spec.fsdp else accelerator.prepare(plain), accelerator.prepare(optimiser)
+    network, optimiser = plain if shared_out else accelerator.prepare(plain), accelerator.prepare(optimiser)
     if spec.compile:
         network = torch.compile(network)  # previews and saving use the plain one
     saved = time.monotonic()
@@ -141,14 +142,14 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
             bar.update(task, completed=done, loss="" if math.isnan(log.loss) else f"loss {log.loss:.4f}")
             last = done == spec.steps
             due = last or time.monotonic() - saved > 60 * spec.checkpoint_minutes
-            if spec.fsdp:  # each process holds a part: all save, when the first one's clock says so
+            if shared_out:  # each process holds a part: all save, when the first one's clock says so
                 due = bool(broadcast(torch.tensor(due, device=accelerator.device)))
             elif not accelerator.is_main_process:
                 continue
             if due:
                 save(folder, plain, ema, optimiser, done, write=accelerator.is_main_process)
                 saved = time.monotonic()
-            if stage.preview and not spec.fsdp and (last or done % spec.preview_every == 0):
+            if stage.preview and not shared_out and (last or done % spec.preview_every == 0):
                 ema.store(plain.parameters())
                 ema.copy_to(plain.parameters())
                 stage.preview(plain.eval(), folder / "samples" / f"{done:06d}.png")
@@ -158,7 +159,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     ema.copy_to(plain.parameters())
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    if spec.fsdp:
+    if shared_out:
         plain = unshard(plain, stage.network)
     return plain.eval().requires_grad_(False)
 

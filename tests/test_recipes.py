@@ -1,0 +1,100 @@
+"""Every recipe is carried out, shrunk: few pictures, few steps, small networks, each stage as it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from test_checkpoints import tiny_pipeline
+
+from instaflow.data.pictures import Picture, write_parquet
+from instaflow.errors import BundleError
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import read_card
+from instaflow.models.stacked import StackedUNet
+from instaflow.recipe import Data, Evaluate, Pairs, Recipe, inputs, load_recipe
+from instaflow.training.run import Run
+
+ROOT = Path(__file__).parent.parent
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def shrunk(name: str, **names: str) -> Recipe:
+    """The recipe with two steps of two samples a stage, and other models and files in these places."""
+    recipe = load_recipe(ROOT / "recipes" / name)
+    stages = []
+    for stage in recipe.stages:
+        if isinstance(stage, Evaluate):
+            continue
+        small: dict = {}
+        if isinstance(stage, Pairs):
+            small = {"count": 4, "steps": 2, "shard_size": 2, "batch_size": 2, "seed": 0}
+            small["prompts"] = names.get(stage.prompts, stage.prompts)
+        else:
+            train = {"steps": 2, "batch_size": 2, "micro_batch_size": min(1, stage.train.micro_batch_size)}
+            small = {"train": msgspec.structs.replace(stage.train, **train, preview_every=1000)}
+        for field in ("model", "autoencoder"):
+            if hasattr(stage, field):
+                small[field] = names.get(getattr(stage, field), getattr(stage, field))
+        stages.append(msgspec.structs.replace(stage, **small))
+    return msgspec.structs.replace(recipe, stages=tuple(stages))
+
+
+def carry_out(recipe: Recipe, folder: Path) -> Run:
+    run = Run(recipe, folder / "runs", cache=folder / "data")
+    run.run(lambda *_: None)
+    return run
+
+
+def test_the_published_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def offline(name: str, *files: str) -> Path:
+        raise BundleError(f"no model {name!r} here")
+
+    monkeypatch.setattr("instaflow.models.perceptual.download", offline)
+    tiny_pipeline().save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red apple\na tree\n")
+    run = carry_out(shrunk("sd15.toml", **{SD: "./sd", "prompts.parquet": "prompts.txt"}), tmp_path)
+    cards = {s.name: read_card(run.output(s.name)) for s in run.recipe.stages if not isinstance(s, Pairs)}
+    assert {k: c.kind for k, c in cards.items()} == {
+        "reflow-1": "rectified", "2-rectified": "rectified", "distil-l2": "one-step", "one-step": "one-step",
+    }  # fmt: skip
+    assert {c.prediction for c in cards.values()} == {"velocity"}  # the head that answered ε, as published
+    assert "timm/vgg16.tv_in1k" in caplog.text and "in place of LPIPS" in caplog.text
+    stacked = carry_out(shrunk("sd15-stacked.toml"), tmp_path)
+    one, two = (Bundle.load(r.output("one-step")) for r in (run, stacked))
+    assert isinstance(two.unet, StackedUNet) and two.card.kind == "one-step"
+    count = [sum(p.numel() for p in b.unet.parameters()) for b in (one, two)]
+    assert 1.9 < count[1] / count[0] < 2
+
+
+def test_the_recipe_of_the_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture.from_image(
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), name=f"thing {i}", style="noto"
+        )
+        for i in range(6)
+    ]
+    data = Data(source=str(write_parquet(pictures, tmp_path / "data.parquet")), size=64)
+    monkeypatch.chdir(ROOT)  # it starts from the default model, by its path
+    run = carry_out(msgspec.structs.replace(shrunk("ablations.toml"), data=data), tmp_path)
+    made = [s for s in run.recipe.stages if not isinstance(s, Pairs)]
+    assert [read_card(run.output(s.name)).prediction for s in made] == ["epsilon"] * 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_a_recipe_reads_what_it_makes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    made = {s.name for s in recipe.stages}
+    for stage in recipe.stages:
+        assert all(name in made or "/" in name for name in inputs(stage))
+        if isinstance(stage, Evaluate):
+            assert len(set(stage.models)) == len(stage.models)
