@@ -86,7 +86,7 @@ def test_the_recipe_of_the_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)  # it starts from the default model, by its path
     run = carry_out(msgspec.structs.replace(shrunk("ablations.toml"), data=data), tmp_path)
     made = [s for s in run.recipe.stages if not isinstance(s, Pairs)]
-    assert [read_card(run.output(s.name)).prediction for s in made] == ["epsilon"] * 5
+    assert [read_card(run.output(s.name)).prediction for s in made] == ["epsilon"] * 5 + ["v_prediction"] * 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
