@@ -20,8 +20,9 @@ import numpy as np
 
 from instaflow.data.pairs import open_pairs
 from instaflow.evaluate.distances import fit_projection, frechet
+from instaflow.evaluate.drawing import Entrant, draw
 from instaflow.evaluate.features import Lite0
-from instaflow.evaluate.protocol import COMPONENTS, Entrant, draw, make_split
+from instaflow.evaluate.heldout import COMPONENTS, make_split
 from instaflow.recipe import Reflow, Train, load_recipe
 from instaflow.training.reflow import reflow_stage
 from instaflow.training.run import Run
@@ -64,7 +65,7 @@ class Ruler:
         entrant = Entrant(label=f"{steps} steps", folder=Path(), steps=steps, guidance=guidance)
         return {
             f"{split.name}@{steps}": frechet(
-                self.project(self.features(draw(bundle, entrant, split))), self.real[split.name]
+                self.project(self.features(draw(bundle, entrant, split.prompts, split.seeds))), self.real[split.name]
             )
             for split in self.splits
         }

@@ -259,20 +259,55 @@ def pairs(
 
 @app.command
 def evaluate(
-    recipe: Path,
-    *,
+    *models: str,
     stage: str = "evaluate",
+    count: int = 5000,
+    curve_count: int = 0,
+    seed: int = 0,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("evaluation"),
     dry_run: bool = False,
     root: Root = Path("runs"),
     cache: Cache = Path("data"),
 ) -> None:
-    """Measure a recipe's models: distances, retrieval, straightness, a grid of the same noises.
+    """Measure models side by side: distances, retrieval, straightness, time, a grid of the same noises.
 
     ```
     instaflow evaluate recipes/emoji.toml
+    instaflow evaluate runs/emoji/teacher/bundle@25 runs/emoji/one-step/bundle -o evaluation/
     ```
+
+    Parameters
+    ----------
+    models
+        A recipe, whose evaluation is carried out; or bundles, each optionally with '@steps', in emoji-heldout.
+    stage
+        Which evaluation of the recipe.
+    count
+        Pictures of each bundle: so many of unseen concepts and so many of seen ones.
+    curve_count
+        Pictures at each point of the curves over steps and guidance; 0 draws no curves.
+    seed
+        First seed of the noises.
+    out
+        The folder for report.md, report.json and plots; run again, it goes on.
     """
-    _carry_out(recipe, stage, ("evaluate",), dry_run, root, cache)
+    if len(models) == 1 and models[0].endswith(".toml"):
+        _carry_out(Path(models[0]), stage, ("evaluate",), dry_run, root, cache)
+        return
+    if not models:
+        raise DataError("no model: name bundles, for example instaflow evaluate runs/emoji/one-step/bundle")
+    _hush()
+    from instaflow.data.emoji import make_emoji
+    from instaflow.data.pictures import read_pictures
+    from instaflow.evaluate import protocol
+
+    entrants = [protocol.entrant(label) for label in models]
+    size, styles = protocol.heldout_data(entrants[0])
+    folder = make_emoji(cache / f"emoji-{size}", size=size, styles=styles, cache=cache / "npm")
+    pictures = read_pictures(folder, styles=styles)
+    train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
+    protocol.evaluate(entrants, train, test, out, count=count, curve_count=curve_count, seed=seed)
+    print(out / "report.md")
 
 
 def _carry_out(
@@ -302,24 +337,15 @@ def _carry_out(
 
 
 def _evaluate(run: Run, stage: Evaluate) -> None:
-    from instaflow.evaluate.protocol import Entrant, evaluate
-    from instaflow.models.card import read_card
+    from instaflow.evaluate import protocol
 
-    entrants = []
-    for label in stage.models:
-        name, _, steps = label.partition("@")
-        card = read_card(run.output(name))
-        entrants.append(
-            Entrant(
-                label=label, folder=run.output(name), steps=int(steps) if steps else card.steps, guidance=card.guidance
-            )
-        )
-    report = evaluate(
-        entrants,
+    report = protocol.evaluate(
+        [protocol.entrant(label, run.output) for label in stage.models],
         run.training_pictures,
         run.pictures("test"),
         run.folder / stage.name,
         count=stage.count,
+        curve_count=stage.curve_count,
         seed=stage.seed,
         device=run.device,
         workers=run.workers,

@@ -203,8 +203,10 @@ class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"
     name: Name
     models: Annotated[tuple[Annotated[str, Meta(pattern=r"^[^@]+(@[1-9][0-9]*)?$")], ...], Meta(min_length=1)]
     """Stages or folders, each optionally with '@steps': 'teacher@25', 'one-step'."""
-    count: Count = 512
-    """Pictures drawn for each model."""
+    count: Count = 5000
+    """Pictures drawn for each model, of unseen concepts and as many of seen ones."""
+    curve_count: Annotated[int, Meta(ge=0)] = 0
+    """Pictures at each point of the curves over steps and guidance; 0 draws no curves."""
     seed: Seed = 0
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from instaflow.errors import DataError
-from instaflow.evaluate.distances import bootstrap, diversity, fit_projection, frechet, kid, precision_recall
+from instaflow.evaluate.distances import (
+    bootstrap,
+    bootstrap_difference,
+    diversity,
+    fit_projection,
+    frechet,
+    kid,
+    kid_interval,
+    precision_recall,
+)
 
 
 def whitened(seed: int, rows: int, width: int) -> np.ndarray:
@@ -134,3 +143,36 @@ def test_wrong_shapes_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=r"features|diversity"):
             call()
+
+
+# -- intervals of differences and of KID -------------------------------------------------------
+
+
+def test_kid_with_weights_is_kid() -> None:
+    a, b = cloud(60, 5, seed=1), cloud(40, 5, seed=2) + 0.3
+    found = kid_interval(a, b)
+    assert found.value == pytest.approx(kid(a, b), rel=1e-9) and found.low < found.value < found.high
+
+
+def test_the_interval_of_kid_holds_the_truth() -> None:
+    """Of a hundred draws from one distribution the interval misses 0 seldom."""
+    missed = sum(
+        not found.low <= 0 <= found.high
+        for found in (kid_interval(cloud(60, 4, seed=i), cloud(60, 4, seed=i + 500), n=60) for i in range(60))
+    )
+    assert missed <= 9
+
+
+def test_a_difference_has_a_narrower_interval_than_its_parts() -> None:
+    real = cloud(50, 4, seed=0)
+    a, b = cloud(800, 4, seed=1) + 0.8, cloud(800, 4, seed=2) + 0.7
+    found = bootstrap_difference(frechet, a, b, real)
+    assert found.value == pytest.approx(frechet(a, real) - frechet(b, real))
+    own = bootstrap(frechet, a, real)
+    assert found.low > 0 and found.high - found.low < own.high - own.low
+    same = bootstrap_difference(frechet, a, cloud(800, 4, seed=3) + 0.8, real)
+    assert same.low < 0 < same.high
+
+
+def cloud(count: int, width: int, *, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width))

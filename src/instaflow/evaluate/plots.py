@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,42 @@ def bars(
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.set_layout_engine("tight")
+    return _save(figure, path)
+
+
+def curves(
+    series: Mapping[str, Sequence[Sequence[float]]], path: Path, *, x: str, y: str, logarithmic: bool = False
+) -> Path:
+    """A line a model through its points (x, y, low, high), the interval shaded; a single point is a dotted level.
+
+    Raises:
+        DataError: nothing to draw.
+    """
+    if not any(series.values()):
+        raise DataError(f"no points to draw over {x}")
+    figure = _page(6.5, 4.2)
+    axes = figure.add_subplot()
+    styles = itertools.product(("o", "s", "^", "D"), ("-", "--"))  # told apart in print too
+    for (name, points), (marker, line) in zip(series.items(), itertools.cycle(styles), strict=False):
+        xs, ys, low, high = np.array(points, float).T
+        if len(xs) == 1:
+            axes.axhline(ys[0], linestyle=":", color="0.3")
+            axes.annotate(name, (1, ys[0]), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          ha="right", fontsize=8, parse_math=False)  # fmt: skip
+            continue
+        [drawn] = axes.plot(xs, ys, marker=marker, linestyle=line, markersize=4, label=name.replace("$", r"\$"))
+        axes.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({p[0] for points in series.values() for p in points})
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y, parse_math=False)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     figure.set_layout_engine("tight")
     return _save(figure, path)
 

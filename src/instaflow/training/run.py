@@ -134,7 +134,14 @@ class Run:
         if "/" in name:
             return locate(name)
         stage = self.recipe.stage(name)
-        return self.folder / stage.name / ("pairs" if isinstance(stage, Pairs) else "bundle")
+        folder = self.folder / stage.name
+        match stage:
+            case Pairs():
+                return folder / "pairs"
+            case Evaluate():
+                return folder
+            case _:
+                return folder / "bundle"
 
     def bundle(self, name: str) -> Bundle:
         """The bundle that an earlier stage made."""
@@ -155,7 +162,7 @@ class Run:
                     return False
                 return all(shard_path(out, i).exists() for i in range(read_manifest(out).shards))
             case Evaluate():
-                return (self.folder / stage.name / "report.json").exists()
+                return (out / "report.json").exists()
             case _:
                 return out.is_dir()
 
