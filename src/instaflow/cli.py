@@ -300,13 +300,17 @@ def evaluate(
     from instaflow.data.emoji import make_emoji
     from instaflow.data.pictures import read_pictures
     from instaflow.evaluate import protocol
+    from instaflow.evaluate.heldout import heldout_field
+    from instaflow.models.bundle import Bundle
 
     entrants = [protocol.entrant(label) for label in models]
     size, styles = protocol.heldout_data(entrants[0])
     folder = make_emoji(cache / f"emoji-{size}", size=size, styles=styles, cache=cache / "npm")
     pictures = read_pictures(folder, styles=styles)
     train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
-    protocol.evaluate(entrants, train, test, out, count=count, curve_count=curve_count, seed=seed)
+    first = Bundle.load(entrants[0].folder)
+    field = heldout_field(first, train, test, count=count, seed=seed, device="cpu")
+    protocol.evaluate(field, entrants, out, curve_count=curve_count)
     print(out / "report.md")
 
 
@@ -338,15 +342,17 @@ def _carry_out(
 
 def _evaluate(run: Run, stage: Evaluate) -> None:
     from instaflow.evaluate import protocol
+    from instaflow.evaluate.heldout import heldout_field
+    from instaflow.models.bundle import Bundle
 
+    entrants = [protocol.entrant(label, run.output) for label in stage.models]
+    first = Bundle.load(entrants[0].folder, device=run.device)
+    train, test, settings = run.training_pictures, run.pictures("test"), {"count": stage.count, "seed": stage.seed}
     report = protocol.evaluate(
-        [protocol.entrant(label, run.output) for label in stage.models],
-        run.training_pictures,
-        run.pictures("test"),
+        heldout_field(first, train, test, **settings, device=run.device),
+        entrants,
         run.folder / stage.name,
-        count=stage.count,
         curve_count=stage.curve_count,
-        seed=stage.seed,
         device=run.device,
         workers=run.workers,
         wait=run.processes.wait_for_everyone,

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from instaflow.data.pictures import Picture, content_hash
 from instaflow.errors import PromptError
 from instaflow.evaluate.drawing import Entrant, Task, draw_once
-from instaflow.evaluate.heldout import Ruler, Split, make_rulers, make_splits, reconstruct
+from instaflow.evaluate.field import Field, Ruler
+from instaflow.evaluate.heldout import STYLES
 from instaflow.evaluate.profile import latency, peak_memory, straightness_along
 from instaflow.evaluate.report import write
 from instaflow.models.bundle import Bundle
@@ -29,32 +29,6 @@ from instaflow.models.hub import locate
 GRID_COLUMNS = 10
 CURVE_STEPS = (1, 2, 4, 8, 25)
 CURVE_GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
-
-
-class Protocol(msgspec.Struct, frozen=True, kw_only=True):
-    """What is fixed, in words; a change of any is a new version."""
-
-    name: str
-    version: int
-    prompts: str
-    real: str
-    features: str
-    distance: str
-    weights: str = "the average of the weights that the bundle holds"
-    safety_checker: str = "off"
-
-
-HELDOUT = Protocol(
-    name="emoji-heldout",
-    version=3,
-    prompts="'name, style' of every picture of a split in a fixed order, again with new seeds until there are enough",
-    real="all pictures of the split in the first model's styles, on white, cropped and resized (Lanczos) to its size",
-    features="EfficientNet-Lite0, pooled, 1,280-d; pictures resized to 128 px (bicubic)",
-    distance="Fréchet distance on the first 64 principal components of the real training pictures; KID on all",
-)
-
-
-REFERENCE_STYLES = ("fluent-flat", "noto", "twemoji")  # whose training pictures the components are fitted on
 
 
 def entrant(label: str, find: Callable[[str], Path] = locate) -> Entrant:
@@ -81,18 +55,15 @@ def entrant(label: str, find: Callable[[str], Path] = locate) -> Entrant:
 def heldout_data(first: Entrant) -> tuple[int, tuple[str, ...]]:
     """Size and styles of the pictures that `emoji-heldout` needs for models like this one."""
     card = read_card(first.folder)
-    return card.image_size, tuple(sorted({*REFERENCE_STYLES, *card.styles}))
+    return card.image_size, tuple(sorted({*STYLES, *card.styles}))
 
 
 def evaluate(
+    field: Field,
     entrants: Sequence[Entrant],
-    train: Sequence[Picture],
-    test: Sequence[Picture],
     folder: Path,
     *,
-    count: int,
     curve_count: int = 0,
-    seed: int,
     device: str = "cpu",
     workers: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -102,25 +73,17 @@ def evaluate(
     Pictures already drawn are kept in `folder/drawn`; run again after an interruption and they are not drawn anew.
 
     Args:
+        field: the protocol with its pictures.
         entrants: the models, each with steps and guidance.
-        train: pictures the models were trained on.
-        test: pictures of concepts they never saw.
         folder: where the report goes.
-        count: pictures a model and split.
         curve_count: pictures at each point of the curves over steps and guidance; 0 draws no curves.
-        seed: first seed of the noises.
         device: where to draw.
         workers: (number of this process, how many there are); they share the drawing, and the first one
             measures. The others return an empty report.
         wait: returns once every process has called it.
-
-    Raises:
-        DataError: no pictures to compare with in the styles that the first model draws.
     """
     load = lru_cache(maxsize=2)(partial(Bundle.load, device=device))
-    first = load(entrants[0].folder)
-    splits, chosen = make_splits(first, train, test, count, seed)
-    points = curve_points(entrants) if curve_count else []
+    splits, points = field.splits, curve_points(entrants) if curve_count else []
     drawn, curve_task = folder / "drawn", splits[0].first(curve_count)
     for entrant in entrants:
         for split in splits:
@@ -131,19 +94,19 @@ def evaluate(
     if workers[0]:
         return {}
 
-    rulers = make_rulers(first, splits, chosen, train, device)
+    rulers = field.rulers()
     report: dict[str, Any] = {
-        "protocol": msgspec.to_builtins(HELDOUT),
-        "count": count,
-        "seed": seed,
-        "data": content_hash(list(train) + list(test)),
+        "protocol": msgspec.to_builtins(field.protocol),
+        "count": len(splits[0].prompts),
+        "first_seed": splits[0].seeds[0],
+        **field.said,
         "splits": [s.name for s in splits],
-        "chance_r_at_5": {s.name: round(5 / len(s.names), 4) for s in splits},
         "floor": {s.name: r.floor() for s, r in zip(splits, rulers, strict=True)},
-        "models": reference_rows(first, splits, rulers),
+        "models": dict(field.reference(rulers)),
     }
     rows: dict[str, np.ndarray] = {}
     features: dict[str, list[np.ndarray]] = {}
+    each = GRID_COLUMNS // len(splits)
     for entrant in entrants:
         bundle = load(entrant.folder)
         pictures = [draw_once(bundle, entrant, split, drawn) for split in splits]
@@ -156,30 +119,21 @@ def evaluate(
             "latency": latency(bundle, entrant, splits[0].prompts[0]),
             "memory": peak_memory(entrant, splits[0].prompts[0], device),
         }
-        for split, ruler, found in zip(splits, rulers, features[entrant.label], strict=True):
-            entry[split.name] = ruler.measure(found, split.concepts)
-        rows[entrant.label] = np.concatenate([p[: GRID_COLUMNS // 2] for p in pictures])
+        for split, ruler, seen, found in zip(splits, rulers, pictures, features[entrant.label], strict=True):
+            entry[split.name] = ruler.measure(seen, found)
+        rows[entrant.label] = np.concatenate([p[:each] for p in pictures])
         report["models"][entrant.label] = entry
         if entrant.steps == bundle.card.steps:  # as it is used: its card says how good it is
-            results = {"protocol": f"{HELDOUT.name}, version {HELDOUT.version}", **entry}
+            results = {"protocol": f"{field.protocol.name}, version {field.protocol.version}", **entry}
             write_card(entrant.folder, msgspec.structs.replace(bundle.card, results=results))
     report["differences"] = differences(features, splits, rulers)
     report["curves"], report["curve_count"] = measure_curves(points, curve_task, rulers[0], drawn, load), curve_count
-    write(report, rows, [p for s in splits for p in s.prompts[: GRID_COLUMNS // 2]], folder)
+    write(report, rows, [p for s in splits for p in s.prompts[:each]], folder)
     return report
 
 
-def reference_rows(first: Bundle, splits: Sequence[Split], rulers: Sequence[Ruler]) -> dict[str, Any]:
-    """The real pictures, and what is left of them after the autoencoder."""
-    both = {"real pictures": lambda p: p, "real, through the autoencoder": lambda p: reconstruct(first, p)}
-    return {
-        label: {s.name: r.measure(r.extract(see(s.real)), s.real_concepts) for s, r in zip(splits, rulers, strict=True)}
-        for label, see in both.items()
-    }
-
-
 def differences(
-    features: dict[str, list[np.ndarray]], splits: Sequence[Split], rulers: Sequence[Ruler]
+    features: dict[str, list[np.ndarray]], splits: Sequence[Task], rulers: Sequence[Ruler]
 ) -> list[dict[str, Any]]:
     """Every later model against every earlier one."""
     labels, pairs = list(features), []

@@ -23,10 +23,10 @@ def write(report: dict[str, Any], rows: Mapping[str, np.ndarray], captions: list
     """
     folder.mkdir(parents=True, exist_ok=True)
     grid(rows, captions, folder / "grid.png")
+    metric, label = report["protocol"]["metric"], report["protocol"]["label"]
     for split in report["splits"]:
-        values = {k: (m[split]["fd_lite0"], *m[split]["fd_lite0_95"]) for k, m in report["models"].items()}
-        bars(values, f"{split.capitalize()} concepts", folder / f"fd-{split}.png")
-    label = "Fréchet distance on Lite0 features"
+        values = {k: (m[split][metric], *m[split][f"{metric}_95"]) for k, m in report["models"].items()}
+        bars(values, split.capitalize(), folder / f"fd-{split}.png", f"{label} (lower is better)")
     for what, x in (("steps", "network evaluations"), ("guidance", "guidance")):
         found = {k: points[what] for k, points in report["curves"].items() if len(points.get(what, [])) > 0}
         if any(len(points) > 1 for points in found.values()):
@@ -46,8 +46,10 @@ def markdown(report: dict[str, Any]) -> str:
     """The report's tables."""
     protocol = report["protocol"]
     lines = [f"# {protocol['name']}, version {protocol['version']}", ""]
-    lines += [f"- {k.replace('_', ' ')}: {v}" for k, v in protocol.items() if k not in ("name", "version")]
-    lines += [f"- drawn: {report['count']} pictures a model and split, first seed {report['seed']}", ""]
+    lines += [
+        f"- {k.replace('_', ' ')}: {v}" for k, v in protocol.items() if k not in ("name", "version", "metric", "label")
+    ]
+    lines += [f"- drawn: {report['count']} pictures a model and split, first seed {report['first_seed']}", ""]
     for split in report["splits"]:
         lines += _distances(report, split)
     if report["differences"]:
@@ -58,29 +60,42 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+COLUMNS = {
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "r_at_1": "R@1",
+    "r_at_5": "R@5",
+    "clip_score": "CLIP score",
+    "diversity": "diversity",
+}
+
+
 def _distances(report: dict[str, Any], split: str) -> list[str]:
-    floor, chance = report["floor"][split], report["chance_r_at_5"][split]
-    lines = [
-        f"## {split.capitalize()} concepts",
+    metric, label = report["protocol"]["metric"], report["protocol"]["label"]
+    there = [k for k in COLUMNS if any(k in m[split] for m in report["models"].values())]
+    lines = [f"## {split.capitalize()}", "", f"Two halves of the real pictures are {report['floor'][split]} apart in"]
+    lines[-1] += f" {label}: the floor. Intervals are 95 % bootstrap."
+    if "chance_r_at_5" in report:
+        lines[-1] += f" Chance R@5 is {report['chance_r_at_5'][split]}."
+    lines += [
         "",
-        f"Two halves of the real pictures are {floor['fd_lite0']} apart (KID {floor['kid_lite0']}): the floor. "
-        f"Chance R@5 is {chance}. Intervals are 95 % bootstrap.",
-        "",
-        "| model | FD-Lite0 | KID | precision / recall | R@1 / R@5 | diversity |",
-        "|---|---|---|---|---|---|",
+        f"| model | {label} | " + " | ".join(COLUMNS[k] for k in there) + " |",
+        "|---|" + "---|" * (len(there) + 1),
     ]
     for name, model in report["models"].items():
-        m = model[split]
-        lines.append(
-            f"| {name} | {m['fd_lite0']} {_range(m['fd_lite0_95'])} | {m['kid_lite0']} {_range(m['kid_lite0_95'])} "
-            f"| {m['precision']} / {m['recall']} | {m['r_at_1']} / {m['r_at_5']} "
-            f"| {'–' if m['diversity'] is None else m['diversity']} |"
-        )
+        lines.append(f"| {name} | " + " | ".join(_cell(model[split], k) for k in (metric, *there)) + " |")
     return [*lines, ""]
 
 
+def _cell(figures: dict[str, Any], key: str) -> str:
+    value, ends = figures.get(key), figures.get(f"{key}_95")
+    return "–" if value is None else f"{value} {_range(ends)}" if ends else f"{value}"
+
+
 def _differences(report: dict[str, Any]) -> list[str]:
-    lines = ["## Differences", "", "FD-Lite0 of the first less that of the second, against the same real pictures.", ""]
+    label = report["protocol"]["label"]
+    lines = ["## Differences", "", f"{label} of the first less that of the second, against the same real pictures.", ""]
     lines += ["| | " + " | ".join(report["splits"]) + " |", "|---|" + "---|" * len(report["splits"])]
     for pair in report["differences"]:
         cells = []
@@ -111,7 +126,13 @@ def _curve(report: dict[str, Any], what: str) -> list[str]:
     if not found:
         return []
     xs = sorted({x for points in found.values() for x in points})
-    lines = [f"## FD-Lite0 against {what}", "", f"Unseen concepts, {report['curve_count']} pictures a point.", ""]
+    split = report["splits"][0]
+    lines = [
+        f"## {report['protocol']['label']} against {what}",
+        "",
+        f"{split}, {report['curve_count']} pictures a point.",
+        "",
+    ]
     lines += [f"| {what} | " + " | ".join(f"{x:g}" for x in xs) + " |", "|---|" + "---|" * len(xs)]
     for name, points in found.items():
         cells = [f"{points[x][1]} {_range(points[x][2:])}" if x in points else "" for x in xs]
