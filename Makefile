@@ -52,4 +52,5 @@ $(VENV)/base: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/all: pyproject.toml constraints.txt | $(BIN)/python
 	echo "Setting up $(VENV) with the tools for development (some minutes, once)" >&2
 	$(PIP) --editable '.[train,eval,dev]'
+	$(PIP) --no-deps torch-fidelity # without the torchvision that it asks for and we do not use
 	touch $@ $(VENV)/base

@@ -65,7 +65,7 @@ class Ruler:
         entrant = Entrant(label=f"{steps} steps", folder=Path(), steps=steps, guidance=guidance)
         return {
             f"{split.name}@{steps}": frechet(
-                self.project(self.features(draw(bundle, entrant, split.prompts, split.seeds))), self.real[split.name]
+                self.project(self.features(draw(bundle, entrant, split))), self.real[split.name]
             )
             for split in self.splits
         }

@@ -261,29 +261,44 @@ def pairs(
 def evaluate(
     *models: str,
     stage: str = "evaluate",
+    protocol: str = "emoji-heldout",
+    images: Path | None = None,
+    annotations: Path | None = None,
+    inception: Path | None = None,
     count: int = 5000,
     curve_count: int = 0,
     seed: int = 0,
+    device: str = "cpu",
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("evaluation"),
     dry_run: bool = False,
     root: Root = Path("runs"),
     cache: Cache = Path("data"),
 ) -> None:
-    """Measure models side by side: distances, retrieval, straightness, time, a grid of the same noises.
+    r"""Measure models side by side: distances, retrieval, straightness, time, a grid of the same noises.
 
     ```
     instaflow evaluate recipes/emoji.toml
     instaflow evaluate runs/emoji/teacher/bundle@25 runs/emoji/one-step/bundle -o evaluation/
+    instaflow evaluate XCLiu/instaflow_0_9B_from_sd_1_5 --protocol coco2017-5k \
+        --images val2017/ --annotations annotations/captions_val2017.json
     ```
 
     Parameters
     ----------
     models
-        A recipe, whose evaluation is carried out; or bundles, each optionally with '@steps', in emoji-heldout.
+        A recipe, whose evaluation is carried out; or bundles and hub ids, each optionally with '@steps'.
     stage
         Which evaluation of the recipe.
+    protocol
+        What bundles are measured by: emoji-heldout, coco2017-5k or coco2014-30k.
+    images
+        The pictures of a COCO protocol: val2017/ or val2014/.
+    annotations
+        Their captions_val….json.
+    inception
+        torch-fidelity's file of Inception's weights; left out, it is downloaded once.
     count
-        Pictures of each bundle: so many of unseen concepts and so many of seen ones.
+        In emoji-heldout, pictures of each bundle: so many of unseen concepts and so many of seen ones.
     curve_count
         Pictures at each point of the curves over steps and guidance; 0 draws no curves.
     seed
@@ -299,18 +314,26 @@ def evaluate(
     _hush()
     from instaflow.data.emoji import make_emoji
     from instaflow.data.pictures import read_pictures
-    from instaflow.evaluate import protocol
-    from instaflow.evaluate.heldout import heldout_field
+    from instaflow.evaluate import protocol as measuring
+    from instaflow.evaluate.coco import PROTOCOLS, coco_field
+    from instaflow.evaluate.heldout import HELDOUT, heldout_field
     from instaflow.models.bundle import Bundle
 
-    entrants = [protocol.entrant(label) for label in models]
-    size, styles = protocol.heldout_data(entrants[0])
-    folder = make_emoji(cache / f"emoji-{size}", size=size, styles=styles, cache=cache / "npm")
-    pictures = read_pictures(folder, styles=styles)
-    train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
-    first = Bundle.load(entrants[0].folder)
-    field = heldout_field(first, train, test, count=count, seed=seed, device="cpu")
-    protocol.evaluate(field, entrants, out, curve_count=curve_count)
+    entrants = [measuring.entrant(label) for label in models]
+    if protocol in PROTOCOLS:
+        if images is None or annotations is None:
+            raise DataError(f"--protocol {protocol} needs --images (a folder) and --annotations (captions_val….json)")
+        field = coco_field(protocol, images, annotations, seed=seed, device=device, inception=inception)
+    elif protocol == HELDOUT.name:
+        size, styles = measuring.heldout_data(entrants[0])
+        folder = make_emoji(cache / f"emoji-{size}", size=size, styles=styles, cache=cache / "npm")
+        pictures = read_pictures(folder, styles=styles)
+        train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
+        first = Bundle.load(entrants[0].folder, device=device)
+        field = heldout_field(first, train, test, count=count, seed=seed, device=device)
+    else:
+        raise DataError(f"unknown protocol {protocol!r}; allowed: {', '.join([HELDOUT.name, *PROTOCOLS])}")
+    measuring.evaluate(field, entrants, out, curve_count=curve_count, device=device)
     print(out / "report.md")
 
 

@@ -114,18 +114,18 @@ def test_what_is_drawn_is_kept_chunk_by_chunk(
     asked: list[int] = []
     real = drawing.draw
 
-    def draw(bundle: Bundle, entrant: Entrant, prompts: list[str], seeds: list[int]) -> np.ndarray:
-        asked.append(len(prompts))
+    def draw(bundle: Bundle, entrant: Entrant, task: Task) -> np.ndarray:
+        asked.append(len(task.prompts))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(bundle, entrant, prompts, seeds)
+        return real(bundle, entrant, task)
 
     monkeypatch.setattr(drawing, "draw", draw)
     with pytest.raises(KeyboardInterrupt):
         draw_once(bundle, own, task, tmp_path)
     whole = draw_once(bundle, own, task, tmp_path)
     assert asked == [4, 4, 2, 2] and whole.shape == (10, 32, 32, 3)
-    assert np.abs(whole.astype(int) - real(bundle, own, task.prompts, task.seeds)).max() <= 2
+    assert np.abs(whole.astype(int) - real(bundle, own, task)).max() <= 2
     assert np.array_equal(draw_once(bundle, own, task, tmp_path), whole) and len(asked) == 4
     # two processes draw every chunk between them, and other seeds are another task
     parts = [draw_once(bundle, own, task, tmp_path / "two", (rank, 2)) for rank in range(2)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 
 from instaflow.models.bundle import Bundle, bundle_hash
@@ -35,26 +36,40 @@ class Task:
     name: str
     prompts: Sequence[str]
     seeds: Sequence[int]
+    size: int | None = None
+    """Side in pixels to draw at; None is the model's own."""
+    side: int | None = None
+    """Side in pixels to keep pictures at, resized by Lanczos; None keeps them as drawn."""
 
-    def first(self, count: int) -> Task:
-        """The first so many of it."""
-        return Task(name=self.name, prompts=self.prompts[:count], seeds=self.seeds[:count])
+    def part(self, start: int, stop: int) -> Task:
+        """Some of it, in its order."""
+        prompts, seeds = self.prompts[start:stop], self.seeds[start:stop]
+        return Task(name=self.name, prompts=prompts, seeds=seeds, size=self.size, side=self.side)
 
     @property
     def hash(self) -> str:
         """Of prompts and seeds."""
         text = "\n".join(f"{s} {p}" for s, p in zip(self.seeds, self.prompts, strict=True))
+        text += f"\n{self.size} {self.side}" if self.size or self.side else ""
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def draw(bundle: Bundle, entrant: Entrant, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+def draw(bundle: Bundle, entrant: Entrant, task: Task) -> np.ndarray:
     """uint8 (N, H, W, 3), in bf16 autocast, without any safety checker."""
     parts = []
-    for i in range(0, len(prompts), BATCH):
-        some, own = prompts[i : i + BATCH], seeds[i : i + BATCH]
+    batch = BATCH if bundle.card.image_size <= 128 else 4
+    for i in range(0, len(task.prompts), batch):
+        prompts, seeds = task.prompts[i : i + batch], task.seeds[i : i + batch]
         with torch.autocast(bundle.device.type, torch.bfloat16):
-            latents = sample(bundle, some, seeds=own, steps=entrant.steps, guidance=entrant.guidance)
-        parts.append(bundle.decode(latents))
+            latents = sample(
+                bundle, prompts, seeds=seeds, steps=entrant.steps, guidance=entrant.guidance, size=task.size
+            )
+        pictures = bundle.decode(latents)
+        if task.side and task.side != pictures.shape[1]:
+            shape = (task.side, task.side)
+            resized = [Image.fromarray(p).resize(shape, Image.Resampling.LANCZOS) for p in pictures]
+            pictures = np.stack([np.asarray(p) for p in resized])
+        parts.append(pictures)
     return np.concatenate(parts)
 
 
@@ -78,7 +93,7 @@ def draw_once(
     missing = [i for i in starts if not (place / f"{i:06d}.npy").exists()]
     label = f"{entrant.label}, {task.name}"[:30].ljust(30)
     for i in track(missing, description=label, disable=not missing or workers[0] > 0):
-        pictures = draw(bundle, entrant, task.prompts[i : i + CHUNK], task.seeds[i : i + CHUNK])
+        pictures = draw(bundle, entrant, task.part(i, i + CHUNK))
         part = place / f"{i:06d}.tmp"
         with part.open("wb") as file:
             np.save(file, pictures)

@@ -1,13 +1,18 @@
-"""Image features of the metrics: EfficientNet-Lite0, pooled.
+"""Image features of the metrics: EfficientNet-Lite0, pooled, and Inception for FID.
 
 The network of a metric is never the network of a loss: losses use Lite1, metrics use Lite0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +76,62 @@ class Lite0:
             images = torch.nn.functional.interpolate(images, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
         mean, deviation = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, DEVIATION))
         return (images - mean) / deviation
+
+
+class Inception:
+    """The Inception-v3 of FID (Heusel et al. 2017), torch-fidelity's: pictures → pool_3 features.
+
+    Args:
+        weights: torch-fidelity's file of them; None looks in its cache, or downloads them.
+        device: where the network runs.
+
+    Raises:
+        DataError: torch-fidelity is not installed, or the weights cannot be had or are another network's.
+    """
+
+    def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu") -> None:
+        code = _inside("torch_fidelity", "feature_extractor_inceptionv3")
+        path = str(weights) if weights else None
+        try:
+            if path is not None:  # theirs would unpickle whatever the file holds
+                torch.load(path, map_location="cpu", weights_only=True)
+            self.network: Any = code.FeatureExtractorInceptionV3("fid", ["2048"], feature_extractor_weights_path=path)
+        except Exception as error:  # not there, no network, a pickle, other tensors
+            raise DataError(
+                f"cannot load Inception's weights from {path or 'the net'}: {str(error).splitlines()[0][:200]}; "
+                "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth with --inception"
+            ) from error
+        self.network.to(device)
+        self.device = torch.device(device)
+        digest = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.hash = digest.hexdigest()
+
+    @torch.inference_mode()
+    def __call__(self, pictures: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
+        """Features of pictures, uint8 (N, H, W, 3): float32 (N, 2048)."""
+        parts = []
+        for i in range(0, len(pictures), batch_size):
+            images = torch.from_numpy(np.array(pictures[i : i + batch_size])).permute(0, 3, 1, 2)
+            parts.append(self.network(images.to(self.device))[0].float().cpu().numpy())
+        return np.concatenate(parts)
+
+
+def _inside(package: str, module: str) -> ModuleType:
+    """A module of a package whose own import wants more than the module does: torchvision, for data sets of its own."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"FID needs {package}, not installed here: pip install 'instaflow[fid]'")
+    if package not in sys.modules:
+        bare = ModuleType(package)
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules[package] = bare
+        try:
+            return importlib.import_module(f"{package}.{module}")
+        finally:
+            del sys.modules[package]
+    return importlib.import_module(f"{package}.{module}")
 
 
 def _package(name: str) -> ModuleType:

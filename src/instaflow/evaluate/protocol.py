@@ -84,7 +84,7 @@ def evaluate(
     """
     load = lru_cache(maxsize=2)(partial(Bundle.load, device=device))
     splits, points = field.splits, curve_points(entrants) if curve_count else []
-    drawn, curve_task = folder / "drawn", splits[0].first(curve_count)
+    drawn, curve_task = folder / "drawn", splits[0].part(0, curve_count)
     for entrant in entrants:
         for split in splits:
             draw_once(load(entrant.folder), entrant, split, drawn, workers)

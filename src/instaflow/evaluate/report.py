@@ -49,7 +49,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         f"- {k.replace('_', ' ')}: {v}" for k, v in protocol.items() if k not in ("name", "version", "metric", "label")
     ]
-    lines += [f"- drawn: {report['count']} pictures a model and split, first seed {report['first_seed']}", ""]
+    lines += [f"- count: {report['count']} pictures a model and split, first seed {report['first_seed']}", ""]
     for split in report["splits"]:
         lines += _distances(report, split)
     if report["differences"]:
