@@ -144,7 +144,7 @@ def test_killed_in_pairs_in_training_and_in_evaluation_two_end_as_one(recipe: Pa
     kill_when(recipe, tmp_path, lambda run: (run / "reflow" / "checkpoint.pt").exists(), rank=0)
     assert files(tmp_path / "two", "pairs/pairs/*.safetensors").items() >= left.items()
     assert not (tmp_path / "two" / "reflow" / "bundle").exists()
-    kill_when(recipe, tmp_path, lambda run: len(list(run.glob("evaluate/drawn/*.npy"))) >= 1, rank=1)
+    kill_when(recipe, tmp_path, lambda run: len(list(run.glob("evaluate/drawn/*/*.npy"))) >= 1, rank=1)
     assert not (tmp_path / "two" / "evaluate" / "report.json").exists()
     same(finish(recipe, tmp_path), one)
     assert not list((tmp_path / "two").rglob("*.tmp"))

@@ -85,13 +85,13 @@ def evaluate(
     load = lru_cache(maxsize=2)(partial(Bundle.load, device=device))
     splits, points = field.splits, curve_points(entrants) if curve_count else []
     drawn, curve_task = folder / "drawn", splits[0].part(0, curve_count)
-    for entrant in entrants:
-        for split in splits:
-            draw_once(load(entrant.folder), entrant, split, drawn, workers)
-    for point in points:
-        draw_once(load(point.folder), point, curve_task, drawn, workers)
+    jobs: list[tuple[Entrant, Task]] = [(e, s) for e in entrants for s in splits]
+    jobs += [(p, curve_task) for p in points]
+    rank, processes = workers
+    for number, (entrant, task) in enumerate(jobs):  # small tasks are one chunk: they go round
+        draw_once(load(entrant.folder), entrant, task, drawn, ((rank + number) % processes, processes))
     wait()
-    if workers[0]:
+    if rank:
         return {}
 
     rulers = field.rulers()
