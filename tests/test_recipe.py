@@ -42,6 +42,11 @@ def test_recipes_of_the_repository_load_and_survive_a_dump(path: Path, tmp_path:
             'loss = "lpips"',
             "stages[one-step].loss: 'lpips' is not allowed; allowed: 'l2', 'perceptual'",
         ),
+        (
+            'kind = "distil"',
+            'kind = "distil"\nperceptual_crop = 4',
+            "perceptual and perceptual_crop are of a perceptual loss; distil-l2 has loss = 'l2'",
+        ),
         ('name = "2-rectified"', 'name = "teacher"', "stages[4].name 'teacher' is used twice"),
         ('pairs = "pairs"', 'pairs = "pears"', "stages[4] reads 'pears', which is no earlier stage"),
         ("size = 32", "size = 33", "data.size"),

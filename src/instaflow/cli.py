@@ -311,6 +311,8 @@ def evaluate(
         return
     if not models:
         raise DataError("no model: name bundles, for example instaflow evaluate runs/emoji/one-step/bundle")
+    if count < 1 or curve_count < 0:
+        raise DataError(f"--count={count} --curve-count={curve_count} is not allowed; use 1 or more, and 0 or more")
     _hush()
     from instaflow.data.emoji import make_emoji
     from instaflow.data.pictures import read_pictures
@@ -393,19 +395,18 @@ def _print_costs(recipe: Recipe, only: str | None, gpu: str | None) -> None:
 
     device = speed(gpu) if gpu else None
     found, assumed = bills(recipe, only)
-    columns = ["stage", "images", "forwards", "PFLOP", "MB a sample", "pairs, GB"]
+    columns = ["stage", "images", "forwards", "FLOP", "bytes a sample", "pairs, bytes"]
     table = Table(*columns, *([f"on one {gpu}"] if gpu else []), title=f"recipe {recipe.name}: what it costs")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for b in found:
-        memory, stored = f"{b.sample_mb:,.0f}" if b.sample_mb else "", _gigabytes(b.storage_mb)
-        row = [b.stage, f"{b.images:,}", f"{b.forwards:,}", f"{b.flops / 1e15:,.1f}", memory, stored]
-        table.add_row(*row, *([_duration(days(b, device))] if device else []))
-    flops, stored = sum(b.flops for b in found), _gigabytes(sum(b.storage_mb for b in found))
-    total = ["all", f"{sum(b.images for b in found):,}", f"{sum(b.forwards for b in found):,}"]
-    total += [f"{flops / 1e15:,.1f}", "", stored]
-    table.add_row(*total, *([_duration(sum(days(b, device) for b in found))] if device else []), style="bold")
+        counts = (b.images, b.forwards, b.flops, 1e6 * b.sample_mb, 1e6 * b.storage_mb)
+        table.add_row(b.stage, *map(_short, counts), *([_duration(days(b, device))] if device else []))
+    sums = [sum(v) for v in zip(*((b.images, b.forwards, b.flops) for b in found), strict=True)]
+    stored, spent = sum(1e6 * b.storage_mb for b in found), sum(days(b, device) for b in found) if device else 0.0
+    total = ["all", *map(_short, sums), "", _short(stored), *([_duration(spent)] if device else [])]
+    table.add_row(*total, style="bold")
     Console().print(table)
     for name in sorted(assumed):
         print(f"{name} is not on this machine: counted as Stable Diffusion 1.5")
@@ -418,8 +419,13 @@ def _duration(days: float) -> str:
     return f"{days * share:,.{0 if days * share >= 20 else 1}f} {unit}"
 
 
-def _gigabytes(megabytes: float) -> str:
-    return f"{megabytes / 1000:,.2f}" if megabytes else ""
+def _short(number: float) -> str:
+    """1,600,000 → '1.6 M'; nothing for 0."""
+    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            value = number / 10**power
+            return f"{value:,.0f} {letter}" if value >= 1000 else f"{value:.3g} {letter}"
+    return f"{number:g}" if number else ""
 
 
 @app.command

@@ -170,10 +170,16 @@ class OnPairs(Spec, frozen=True, kw_only=True):
     """LPIPS by its VGG-16 weights, a file or a hub id ('timm/vgg16.tv_in1k'); empty takes EfficientNet-Lite1."""
     perceptual_weight: Positive = 1.0
     perceptual_crop: Annotated[int, Meta(ge=0)] = 0
-    """Decode a random square of so many latents a side, for memory; 0 decodes all of them."""
+    """Decode a random square of so many latents a side, for memory; 0, or more than there are, decodes all of them."""
     stack: Stack = ""
     """Start from two copies of the model in series: joined at the first's feature maps (InstaFlow-1.7B) or latents."""
     train: Train
+    loss: str = "l2"
+
+    def __post_init__(self) -> None:
+        """What would do nothing is a mistake."""
+        if self.loss == "l2" and (self.perceptual or self.perceptual_crop):
+            raise ValueError(f"perceptual and perceptual_crop are of a perceptual loss; {self.name} has loss = 'l2'")
 
 
 class Reflow(OnPairs, frozen=True, kw_only=True, tag="reflow", tag_field="kind"):

@@ -105,6 +105,15 @@ def test_a_crop_and_checkpointing_save_memory() -> None:
     assert whole > 2 * crop and crop > anew / 2 and both < anew / 3
 
 
+def test_a_decoder_that_cannot_be_checkpointed_is_counted_as_it_is(tiny: Bundle, tmp_path: Path) -> None:
+    model = str(tiny.save(tmp_path / "bundle"))
+    spec = Distil(
+        name="d", model=model, pairs="a/b", loss="perceptual", train=Train(steps=1, gradient_checkpointing=True)
+    )
+    [bill], _ = bills(Recipe(name="r", data=Data(size=32), stages=(spec,)))
+    assert bill.sample_mb > 0
+
+
 def test_a_third_reflow_is_three_more_lines() -> None:
     first = Pairs(name="p", model="a/b", count=10, steps=2, guidance=1.0)
     stages = (
@@ -134,4 +143,6 @@ def test_the_speed_of_this_machine_is_measured_and_another_refused(
     out = capsys.readouterr().out
     assert left.value.code == 0 and "stable-diffusion-v1-5 is not on this machine" in out
     [total] = [line for line in out.splitlines() if " all " in line]
-    assert total.split("│")[-2].strip() == "202 d"
+    assert [cell.strip() for cell in total.split("│")[1:-1]] == [
+        "all", "73.7 M", "372 M", "308 E", "", "105 G", "202 d",
+    ]  # fmt: skip

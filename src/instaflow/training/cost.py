@@ -28,6 +28,7 @@ from instaflow.models.networks import build_autoencoder, build_unet, decode_late
 from instaflow.models.perceptual import LPIPS, Lite1
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Autoencoder, Distil, Evaluate, OnPairs, Pairs, Recipe, Reflow, Stage, Teacher, kind
+from instaflow.training.memory import can_checkpoint
 
 TRAINING_STEP = 3
 TOKENS = {384: 32, 768: 77}  # text encoders: MiniLM as we feed it, CLIP ViT-L/14
@@ -195,7 +196,7 @@ class Decoding:
 
     def bytes(self) -> int:
         """Activations of one picture kept for the way back."""
-        if self.stage.train.gradient_checkpointing and hasattr(self.vae, "enable_gradient_checkpointing"):
+        if self.stage.train.gradient_checkpointing and can_checkpoint(self.vae):
             self.vae.enable_gradient_checkpointing()
         z = self.z.clone().requires_grad_(True)
         return kept_bytes(lambda: self.distance.unit_maps(decode_latents(self.vae, z)), self.vae, self.distance)

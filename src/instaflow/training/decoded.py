@@ -11,6 +11,7 @@ from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents
 from instaflow.models.perceptual import load_perceptual
 from instaflow.recipe import OnPairs
+from instaflow.training.memory import can_checkpoint
 from instaflow.training.trainer import Batch, Draw
 
 
@@ -26,7 +27,7 @@ class DecodedDistance:
         self.vae, self.crop = bundle.vae, spec.perceptual_crop
         self.side = bundle.latent_shape()[-1]
         self.distance: Any = load_perceptual(spec.perceptual).to(bundle.device)
-        if spec.train.gradient_checkpointing and hasattr(self.vae, "enable_gradient_checkpointing"):
+        if spec.train.gradient_checkpointing and can_checkpoint(self.vae):
             self.vae.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def batch(self, draw: Draw, count: int) -> Batch:

@@ -36,13 +36,18 @@ def build_optimiser(network: nn.Module, spec: Train) -> torch.optim.Optimizer:
     return optimiser
 
 
+def can_checkpoint(network: nn.Module) -> bool:
+    """Whether diffusers can compute this network's activations anew."""
+    return bool(getattr(network, "_supports_gradient_checkpointing", False))
+
+
 def fewer_activations(network: nn.Module, name: str) -> None:
     """Activation checkpointing (Chen et al. 2016), block by block.
 
     Raises:
         RecipeError: this network cannot.
     """
-    if not getattr(network, "_supports_gradient_checkpointing", False):
+    if not can_checkpoint(network):
         raise RecipeError(f"{name}: gradient_checkpointing is for U-Nets; {type(network).__name__} has none")
     network.enable_gradient_checkpointing()  # type: ignore[operator]
 
