@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchmetrics.functional.image import lpips as published
 
 from instaflow.errors import BundleError
+from instaflow.evaluate.features import _inside
 from instaflow.models.perceptual import LPIPS, Lite1, load_perceptual
 
 
@@ -29,6 +29,7 @@ def pictures(seed: int, count: int = 3) -> Tensor:
 
 def test_lpips_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchmetrics carries the authors' code; it asks torchvision for VGG-16, here of our random weights."""
+    published = _inside("torchmetrics", "functional.image.lpips")  # whole, it would import torchvision
     ours = load_perceptual(str(vgg(tmp_path)))
     assert isinstance(ours, LPIPS)
     monkeypatch.setattr(published, "_get_tv_model_features", lambda *_, **__: nn.Sequential(*ours.features))
