@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from instaflow.errors import BundleError
-from instaflow.evaluate.features import _inside
+from instaflow.models import perceptual
 from instaflow.models.perceptual import LPIPS, Lite1, load_perceptual
 
 
@@ -23,14 +26,30 @@ def vgg(folder: Path) -> Path:
     return folder / "vgg16.safetensors"
 
 
+HEADS = perceptual._heads_file()
+
+
+def lpips_of_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The one file of the package: all of it would import torchvision, which has no build here."""
+    availability = ModuleType("torchmetrics.utilities.imports")
+    availability._TORCHVISION_AVAILABLE = False
+    for name in ("torchmetrics", "torchmetrics.utilities"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, availability.__name__, availability)
+    spec = importlib.util.spec_from_file_location("lpips", HEADS.parents[1] / "lpips.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def pictures(seed: int, count: int = 3) -> Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_lpips_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchmetrics carries the authors' code; it asks torchvision for VGG-16, here of our random weights."""
-    published = _inside("torchmetrics", "functional.image.lpips")  # whole, it would import torchvision
     ours = load_perceptual(str(vgg(tmp_path)))
+    published = lpips_of_torchmetrics(monkeypatch)
     assert isinstance(ours, LPIPS)
     monkeypatch.setattr(published, "_get_tv_model_features", lambda *_, **__: nn.Sequential(*ours.features))
     theirs = published._LPIPS(pretrained=True, net="vgg", use_dropout=True).eval()
