@@ -62,7 +62,7 @@ def field(first: Entrant, count: int) -> Field:
 def report(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("report")
     models = [entrant(folders, "teacher"), entrant(folders, "one-step")]
-    found = evaluate(field(models[0], count=60), models, out, curve_count=24)
+    found = evaluate(field(models[0], count=60), models, out, curve_count=24, write_cards=True)
     return found, out
 
 
@@ -95,6 +95,7 @@ def test_the_report_has_every_figure(report: tuple[dict, Path]) -> None:
 def test_a_model_against_itself_is_no_difference(folders: dict[str, Path], tmp_path: Path) -> None:
     models = [entrant(folders, "teacher"), entrant(folders, "teacher", label="again")]
     found = evaluate(field(models[0], count=30), models, tmp_path)
+    assert read_card(folders["teacher"]).results.get("unseen", {}).get("pictures") != 30  # not unasked
     [pair] = found["differences"]
     assert pair["of"] == "again" and pair["unseen"][0] == 0.0 and pair["unseen"][1] < 0 < pair["unseen"][2]
     assert (tmp_path / "report.md").read_text().count("no difference") == 2 and not found["curves"]

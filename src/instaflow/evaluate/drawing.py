@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ class Entrant:
     folder: Path
     steps: int
     guidance: float
+
+    @cached_property
+    def hash(self) -> str:
+        """Of its weights, read once."""
+        return bundle_hash(self.folder)[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ def draw_once(
         workers: (number of this process, how many there are): chunk i is drawn by process i mod n, and what comes
             back has this process's chunks alone.
     """
-    key = f"{bundle_hash(entrant.folder)[:16]}-{entrant.steps}-{entrant.guidance:g}-{task.hash}"
+    key = f"{entrant.hash}-{entrant.steps}-{entrant.guidance:g}-{task.hash}"
     place = folder / key
     place.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(task.prompts), CHUNK)[workers[0] :: workers[1]]

@@ -64,6 +64,7 @@ def evaluate(
     folder: Path,
     *,
     curve_count: int = 0,
+    write_cards: bool = False,
     device: str = "cpu",
     workers: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -77,6 +78,7 @@ def evaluate(
         entrants: the models, each with steps and guidance.
         folder: where the report goes.
         curve_count: pictures at each point of the curves over steps and guidance; 0 draws no curves.
+        write_cards: put each model's figures into its own card, for models that this run made.
         device: where to draw.
         workers: (number of this process, how many there are); they share the drawing, and the first one
             measures. The others return an empty report.
@@ -123,7 +125,7 @@ def evaluate(
             entry[split.name] = ruler.measure(seen, found)
         rows[entrant.label] = np.concatenate([p[:each] for p in pictures])
         report["models"][entrant.label] = entry
-        if entrant.steps == bundle.card.steps:  # as it is used: its card says how good it is
+        if write_cards and entrant.steps == bundle.card.steps:  # as it is used
             results = {"protocol": f"{field.protocol.name}, version {field.protocol.version}", **entry}
             write_card(entrant.folder, msgspec.structs.replace(bundle.card, results=results))
     report["differences"] = differences(features, splits, rulers)
