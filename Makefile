@@ -9,7 +9,7 @@ override PROMPT := $(value PROMPT)
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 MAKEFLAGS += --no-print-directory
 .SILENT:

@@ -1,40 +1,46 @@
 """Does reflow help where a prompt leaves much open? One-step students against their teacher's own pictures.
 
-Prompts such as 'face' or 'animal', new noises; Fréchet distance on Lite0 features to the teacher's 25-step pictures of
-the same prompts from other noises. The teacher against itself is the floor.
+Prompts such as 'face' or 'animal', or none at all; new noises; Fréchet distance on Lite0 features to the teacher's
+25-step pictures of the same prompts from other noises. The teacher against itself is the floor.
 
     instaflow run recipes/open-prompts.toml
     python benchmarks/open_prompts.py
+    instaflow run recipes/unconditional.toml
+    python benchmarks/open_prompts.py recipes/unconditional.toml 4096
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from instaflow.data.prompts import read_prompts
 from instaflow.evaluate.distances import bootstrap, bootstrap_difference, diversity, fit_projection, frechet
 from instaflow.evaluate.drawing import Entrant, Task, draw_once
 from instaflow.evaluate.features import Lite0
 from instaflow.evaluate.plots import bars, grid
 from instaflow.models.bundle import Bundle
-from instaflow.recipe import load_recipe
+from instaflow.recipe import Distil, load_recipe
 from instaflow.training.run import Run
 
-COUNT, FIRST = 1024, 1_000_000  # noises that no pair was drawn from
+FIRST = 1_000_000  # noises that no pair was drawn from
 
 
-def main() -> None:
+def main(recipe: str = "recipes/open-prompts.toml", pictures: str = "1024") -> None:
     """Draw, measure, print, and write open-prompts.json, a grid and bars beside the run."""
-    run = Run(load_recipe("recipes/open-prompts.toml"), Path("runs"), cache=Path("data"))
-    folder, teacher = run.folder / "measured", Path("runs/ablations/teacher-v/bundle")
-    prompts = Path("recipes/open-prompts.txt").read_text().split()[:COUNT]
-    task = Task(name="open", prompts=prompts, seeds=range(FIRST, FIRST + COUNT))
-    other = Task(name="reference", prompts=prompts, seeds=range(2 * FIRST, 2 * FIRST + COUNT))
-    settings = [("teacher, 25 steps", teacher, 25, 1.5), ("teacher, 1 step", teacher, 1, 1.5)]
+    run, count = Run(load_recipe(recipe), Path("runs"), cache=Path("data")), int(pictures)
+    folder, pairs = run.folder / "measured", run.recipe.stage("pairs")
+    teacher, guidance = run.output(pairs.model), pairs.guidance
+    prompts = [""] * count if pairs.empty_prompts == 1 else read_prompts(pairs.prompts, count)
+    task = Task(name="open", prompts=prompts, seeds=range(FIRST, FIRST + count))
+    other = Task(name="reference", prompts=prompts, seeds=range(2 * FIRST, 2 * FIRST + count))
+    settings = [(f"teacher, {n} step{'s' * (n > 1)}", teacher, n, guidance) for n in (25, 1)]
     settings += [(f"2-rectified, {n} step{'s' * (n > 1)}", run.output("2-rectified"), n, 1.0) for n in (25, 1)]
-    settings += [(name, run.output(name), 1, 1.0) for name in ("reflow-then-distil", "direct", "direct-longer")]
+    students = [s.name for s in run.recipe.stages if isinstance(s, Distil) and run.output(s.name).is_dir()]
+    settings += [(name, run.output(name), 1, 1.0) for name in students]
     entrants = [Entrant(label=label, folder=f, steps=s, guidance=g) for label, f, s, g in settings]
 
     extract = Lite0()
@@ -53,15 +59,15 @@ def main() -> None:
             "diversity": round(diversity(features, kinds), 2),
         }
         print(entrant.label, found[entrant.label], flush=True)
-    for of in ("direct", "direct-longer"):
-        gap = bootstrap_difference(frechet, seen[of], seen["reflow-then-distil"], reference)
-        found[f"{of} less reflow-then-distil"] = {"fd": [round(v, 2) for v in gap]}
-        print(of, "less reflow-then-distil", found[f"{of} less reflow-then-distil"])
+    for of in students[1:]:
+        gap = bootstrap_difference(frechet, seen[of], seen[students[0]], reference)
+        found[f"{of} less {students[0]}"] = {"fd": [round(v, 2) for v in gap]}
+        print(of, "less", students[0], found[f"{of} less {students[0]}"])
     (folder / "open-prompts.json").write_text(json.dumps(found, indent=1) + "\n")
     grid(rows, prompts[:10], folder / "grid.png")
     values = {k: tuple(v["fd"]) for k, v in found.items() if "diversity" in v}
-    bars(values, "Prompts that leave much open", folder / "fd.png", "FD-Lite0 to the teacher's own pictures")
+    bars(values, "One-step students", folder / "fd.png", "FD-Lite0 to the teacher's own pictures")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

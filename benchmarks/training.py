@@ -30,7 +30,8 @@ from diffusers.training_utils import EMAModel
 from instaflow.data.pairs import Manifest, open_manifest, open_pairs, prompt_hash, shard_path, write_shard
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import DEFAULT
-from instaflow.models.sampling import NOISE, noise
+from instaflow.models.sampling import noise
+from instaflow.noise import NOISE
 from instaflow.recipe import Reflow, Train
 from instaflow.training.reflow import reflow_stage
 from instaflow.training.trainer import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,3 +100,11 @@ def one_step(tiny: Bundle) -> Bundle:
     return tiny.with_card(
         name="tiny-one-step", kind="one-step", prediction="velocity", steps=1, guidance=1.0, max_guidance=1.0
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models that are prepared for the CPU engine stay out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INSTAFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -9,7 +9,7 @@ import secrets
 import sys
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -51,6 +51,9 @@ def generate(
     model: str | None = None,
     lora: str | None = None,
     lora_scale: float = 1.0,
+    device: str = "cpu",
+    engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
+    precision: str | None = None,
 ) -> None:
     """Draw pictures from sentences.
 
@@ -93,6 +96,12 @@ def generate(
         A LoRA for that model, a .safetensors file or a hub id.
     lora_scale
         How much of it counts, usually 0 to 1.
+    device
+        cpu, or where torch is to draw: cuda, mps.
+    engine
+        openvino (a one-step model on a CPU) or torch; left out, the faster one that can.
+    precision
+        Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own.
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
@@ -103,7 +112,7 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    flow = _load(model, lora, safety)
+    flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
         seeds=[s for _, s in wanted],
@@ -134,12 +143,12 @@ def _hush() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _load(model: str | None, lora: str | None, safety: bool) -> InstaFlow:
+def _load(model: str | None, **options: Any) -> InstaFlow:
     _hush()
     from instaflow.generate import InstaFlow
 
-    flow = InstaFlow.load(model, lora=lora, safety=safety)
-    if flow.bundle.card.image_size <= 128:
+    flow = InstaFlow.load(model, **options)
+    if flow.engine.card.image_size <= 128:
         flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
     return flow
 
@@ -147,7 +156,7 @@ def _load(model: str | None, lora: str | None, safety: bool) -> InstaFlow:
 def _say(path: Path, drawing: Drawing) -> None:
     note = "  blocked by the model's safety checker" if drawing.blocked else ""
     steps = f"{drawing.steps} step{'s' * (drawing.steps > 1)}"
-    print(f"{path}  seed {drawing.seed}  {steps}  {drawing.latency_ms:.0f} ms{note}")
+    print(f"{path}  seed {drawing.seed}  {steps}  {drawing.latency_ms:.0f} ms  {drawing.engine}{note}")
 
 
 def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:
@@ -161,7 +170,7 @@ def _save_sheet(drawings: list[Drawing], path: Path, columns: int) -> None:
     shown = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     save_png(sheet, path, {"prompt": prompts, "seed": shown, "model": drawings[0].model})
     each = sum(d.latency_ms for d in drawings) / len(drawings)
-    print(f"{path}  {len(drawings)} pictures  seed {shown}  {each:.0f} ms each")
+    print(f"{path}  {len(drawings)} pictures  seed {shown}  {each:.0f} ms each  {drawings[0].engine}")
 
 
 def _read_prompts(file: Path) -> list[str]:

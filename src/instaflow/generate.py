@@ -10,18 +10,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_uint8
-from instaflow.models.bundle import Bundle
-from instaflow.models.card import DEFAULT
-from instaflow.models.networks import decode_latents
-from instaflow.models.sampling import sample
+from instaflow.noise import noise
+from instaflow.runtime.engine import Engine
+from instaflow.runtime.loading import load_engine
 
 LARGEST_SEED = 2**63 - 1
 
@@ -41,6 +40,8 @@ class Drawing:
     negative: str = ""
     lora: str = ""
     """The LoRA's name and scale, when the model has one."""
+    engine: str = ""
+    """What drew it, and in which precision."""
     blocked: bool = False
     """The bundle's own safety checker objected, and the picture is black."""
 
@@ -73,9 +74,9 @@ class Drawing:
 class InstaFlow:
     """A loaded model that draws."""
 
-    def __init__(self, bundle: Bundle, lora: str = "") -> None:
-        """Wrap a bundle, which has this LoRA on it."""
-        self.bundle, self.lora = bundle, lora
+    def __init__(self, engine: Engine, *, lora: str = "") -> None:
+        """Wrap an engine, whose bundle has this LoRA on it."""
+        self.engine, self.lora = engine, lora
 
     @classmethod
     def load(
@@ -85,6 +86,8 @@ class InstaFlow:
         lora: str | Path | None = None,
         device: str = "cpu",
         safety: bool = True,
+        engine: str | None = None,
+        precision: str | None = None,
     ) -> InstaFlow:
         """Load a model.
 
@@ -92,18 +95,17 @@ class InstaFlow:
             model: a bundle folder, ours or a diffusers one; a hub id; a Stable Diffusion 1.x .safetensors
                 file. None loads the default model that comes with the package.
             lora: a LoRA to put on it, a .safetensors file or a hub id; `generate` takes its scale.
-            device: torch device.
+            device: torch device; the CPU engine is for 'cpu'.
             safety: run the model's own safety checker, when it has one.
+            engine: 'openvino', a one-step model's fast way on a CPU, or 'torch', every model's on every device.
+                None takes the first where it can.
+            precision: of OpenVINO bf16 or f32, of torch float32, bfloat16 or float16. None leaves it to the engine.
 
         Raises:
-            BundleError: no such model or LoRA, it cannot be read, or the one is not for the other.
+            BundleError: no such model, LoRA or engine, it cannot be read, or the one is not for the other.
         """
-        bundle = Bundle.load(model or DEFAULT, device=device, safety=safety)
-        if lora is not None:
-            from instaflow.models.lora import load_lora  # peft, which nothing else needs
-
-            load_lora(bundle, lora)
-        return cls(bundle, Path(lora).stem if lora else "")
+        found = load_engine(model, lora=lora, device=device, safety=safety, engine=engine, precision=precision)
+        return cls(found, lora=Path(lora).stem if lora else "")
 
     def generate(
         self,
@@ -160,11 +162,11 @@ class InstaFlow:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
                 steps or guidance that this kind of model cannot do; a scale without a LoRA.
         """
-        card = self.bundle.card
+        card = self.engine.card
         steps = card.steps if steps is None else steps
         guidance = card.guidance if guidance is None else guidance
         size = card.image_size if size is None else size
-        self.bundle.check_request(steps=steps, guidance=guidance, size=size, negative=negative)
+        self.engine.check(steps=steps, guidance=guidance, size=size, negative=negative)
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         if lora_scale != 1.0 and not self.lora:
@@ -176,10 +178,10 @@ class InstaFlow:
                 raise PromptError(f"seed={seed} is not allowed; use 0 to {LARGEST_SEED}")
         texts = [f"{p}, {style}" if style else p for p in prompts]
         if negative:
-            self.bundle.check_prompt(negative)
+            self.engine.check_prompt(negative)
         for prompt, text in zip(prompts, texts, strict=True):
-            self.bundle.check_prompt(prompt)
-            self.bundle.check_prompt(text)
+            self.engine.check_prompt(prompt)
+            self.engine.check_prompt(text)
         return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale)
 
     def _draw(
@@ -192,37 +194,38 @@ class InstaFlow:
         negative: str,
         lora_scale: float,
     ) -> Iterator[Drawing]:
-        # One picture a call of the networks: batched matrix products round differently with the
-        # batch's size, and the same inputs must give the same bytes.
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
+        if self.lora:
+            from instaflow.models.lora import set_lora_scale
+        for first in range(0, len(rows), engine.batch):
+            texts, numbers = zip(*rows[first : first + engine.batch], strict=True)
             if self.lora:
-                from instaflow.models.lora import set_lora_scale
-
-                set_lora_scale(self.bundle, lora_scale)
+                set_lora_scale(engine.bundle, lora_scale)  # type: ignore[attr-defined]  # only torch's has one
             start = time.perf_counter()
-            latents = sample(
-                self.bundle, [prompt], seeds=[seed], steps=steps, guidance=guidance, size=size, negative=negative
-            )
-            with torch.inference_mode():
-                decoded = decode_latents(self.bundle.vae, latents)
-            pixels = to_uint8(decoded)[0]
-            latency_ms = 1000 * (time.perf_counter() - start)
-            # before any safety checker: a black picture of NaN is broken, not unsafe
-            for values, what in ((latents, "its U-Net"), (decoded, "its autoencoder")):
-                if not torch.isfinite(values).all():
-                    raise PromptError(
-                        f"{self.bundle.card.name!r} drew NaN for {prompt!r}: {what}'s weights or precision are broken"
-                    )
-            blocked = self.bundle.safety is not None and self.bundle.safety.objects(pixels[None])[0]
-            yield Drawing(
-                image=Image.fromarray(np.zeros_like(pixels) if blocked else np.ascontiguousarray(pixels)),
-                prompt=prompt,
-                seed=seed,
-                model=self.bundle.card.name,
-                steps=steps,
-                guidance=guidance,
-                latency_ms=latency_ms,
-                negative=negative,
-                lora=f"{self.lora} at {lora_scale:g}" if self.lora else "",
-                blocked=blocked,
-            )
+            latents = engine.sample(noise(numbers, engine.latent_shape(size)), engine.encode(texts), **options)
+            decoded = engine.decode(latents)
+            with np.errstate(invalid="ignore"):
+                pixels = to_uint8(decoded)
+            latency_ms = 1000 * (time.perf_counter() - start) / len(texts)
+            for i, (prompt, seed) in enumerate(zip(texts, numbers, strict=True)):
+                # before any safety checker: a black picture of NaN is broken, not unsafe
+                for values, what in ((latents[i], "its U-Net"), (decoded[i], "its autoencoder")):
+                    if not np.isfinite(values).all():
+                        raise PromptError(
+                            f"{engine.card.name!r} drew NaN for {prompt!r}: {what}'s weights or precision are broken"
+                        )
+                blocked = engine.objects(pixels[i])
+                yield Drawing(
+                    image=Image.fromarray(np.zeros_like(pixels[i]) if blocked else pixels[i]),
+                    prompt=prompt,
+                    seed=seed,
+                    model=engine.card.name,
+                    steps=steps,
+                    guidance=guidance,
+                    latency_ms=latency_ms,
+                    negative=negative,
+                    lora=f"{self.lora} at {lora_scale:g}" if self.lora else "",
+                    engine=engine.name,
+                    blocked=blocked,
+                )

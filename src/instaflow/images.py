@@ -1,25 +1,23 @@
-"""Pictures between numpy, torch and PNG files."""
+"""Pictures between arrays and PNG files. No torch here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) → float (N, 3, H, W) in [−1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, 3) → fp32 (N, 3, H, W) in [−1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def to_uint8(pictures: Tensor) -> np.ndarray:
-    """float (N, 3, H, W) in [−1, 1], clipped → uint8 (N, H, W, 3)."""
-    scaled = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """fp32 (N, 3, H, W) in [−1, 1], clipped → uint8 (N, H, W, 3)."""
+    scaled = ((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).round()
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def grid(pixels: np.ndarray, columns: int) -> Image.Image:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-import tomli_w
 from msgspec import Meta
 
 from instaflow.errors import RecipeError
@@ -151,6 +150,8 @@ class Pairs(Spec, frozen=True, kw_only=True, tag="pairs", tag_field="kind"):
     """A .txt or .parquet file of prompts, or a hub data set; empty draws them from the captions of the data."""
     mixtures: Fraction = 0.2
     """Share of prompts that join two captions, when they are drawn from captions."""
+    empty_prompts: Fraction = 0.0
+    """Share of pairs drawn for no prompt at all; 1 makes them of the unconditional model."""
     shard_size: Count = 512
     """Pairs a shard; a killed job loses at most one."""
     batch_size: Count = 64
@@ -345,5 +346,7 @@ def _choices(field: str, tag: str) -> list[str]:
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, every default said."""
+    import tomli_w  # drawing pictures needs none
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tomli_w.dumps(msgspec.to_builtins(recipe)), encoding="utf-8")

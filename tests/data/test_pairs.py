@@ -29,7 +29,8 @@ from instaflow.data.pairs import (
 )
 from instaflow.errors import DataError
 from instaflow.models.bundle import Bundle
-from instaflow.models.sampling import NOISE, noise, sample
+from instaflow.models.sampling import noise, sample
+from instaflow.noise import NOISE
 from instaflow.recipe import Pairs
 from instaflow.training import pairs as drawing
 from instaflow.training.batches import TextCache, pair_batch
@@ -39,12 +40,12 @@ from instaflow.training.trainer import Draw
 PROMPTS = ["a red apple", "", "größer, “quoted”\nand two lines", "🍅"]
 MINE = Manifest(
     teacher="t", sampler="euler", steps=4, guidance=2.5, noise=NOISE, prompts=prompt_hash(PROMPTS), seed=7, count=4,
-    shard_size=3, shape=(1, 2, 2),
+    shard_size=3, shape=(1, 4, 4),
 )  # fmt: skip
 
 
 def latents(count: int = 4) -> Tensor:
-    return torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def shard(path: Path, count: int = 4) -> Path:
@@ -165,7 +166,7 @@ def test_a_manifest_is_written_once_and_then_agreed_with(tmp_path: Path) -> None
 def test_pairs_drawn_differently_are_refused_by_the_field(tmp_path: Path, field: str) -> None:
     open_manifest(tmp_path, MINE)
     value = getattr(MINE, field)
-    other = (4, 2, 2) if field == "shape" else value + "x" if isinstance(value, str) else value + 1
+    other = (4, 4, 4) if field == "shape" else value + "x" if isinstance(value, str) else value + 1
     with pytest.raises(DataError) as error:
         open_manifest(tmp_path, msgspec.structs.replace(MINE, **{field: other}))
     assert f"{field}={value!r}" in str(error.value) and repr(other) in str(error.value)
@@ -256,7 +257,7 @@ def test_a_batch_has_the_noise_of_its_seeds_whatever_its_size() -> None:
         assert torch.equal(batch["x1"], latents().half().float()[chosen])
         assert torch.equal(batch["states"][:, 0, 0], torch.tensor([float(ord("abcd"[i])) for i in chosen]))
         for row, i in zip(batch["x0"], chosen, strict=True):
-            assert torch.equal(row, torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(11 + i)))
+            assert torch.equal(row, torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(11 + i)))
 
 
 def test_some_prompts_of_a_batch_are_dropped() -> None:

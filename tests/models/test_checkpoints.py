@@ -446,14 +446,14 @@ def guarded(one_step_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(("threshold", "blocked"), [(-2.0, True), (2.0, False)])
 def test_the_bundles_own_checker_runs_unless_it_is_turned_off(guarded: Path, threshold: float, blocked: bool) -> None:
     flow = InstaFlow.load(guarded)
-    assert flow.bundle.safety is not None
+    assert flow.engine.bundle.safety is not None
     # every cosine is above −2, none is above 2
-    flow.bundle.safety.network.concept_embeds_weights.data.fill_(threshold)
-    flow.bundle.safety.network.special_care_embeds_weights.data.fill_(2.0)
+    flow.engine.bundle.safety.network.concept_embeds_weights.data.fill_(threshold)
+    flow.engine.bundle.safety.network.special_care_embeds_weights.data.fill_(2.0)
     drawing = flow.generate("a cat", size=64)
     assert drawing.blocked == blocked
     assert (np.asarray(drawing.image).max() == 0) == blocked
-    off = InstaFlow.load(guarded, safety=False).generate("a cat", size=64)
+    off = InstaFlow.load(guarded, safety=False, engine="torch").generate("a cat", size=64)
     assert not off.blocked and np.asarray(off.image).max() > 0
     if not blocked:
         assert np.array_equal(np.asarray(off.image), np.asarray(drawing.image))
@@ -461,15 +461,15 @@ def test_the_bundles_own_checker_runs_unless_it_is_turned_off(guarded: Path, thr
 
 def test_nan_is_reported_as_nan_and_not_as_unsafe(guarded: Path) -> None:
     flow = InstaFlow.load(guarded)
-    flow.bundle.vae.decoder.conv_in.bias.data.fill_(float("nan"))
+    flow.engine.bundle.vae.decoder.conv_in.bias.data.fill_(float("nan"))
     with pytest.raises(PromptError, match="drew NaN for 'a cat': its autoencoder's weights or precision"):
         flow.generate("a cat", size=64)
 
 
 def test_a_blocked_picture_says_so_in_its_file(guarded: Path, tmp_path: Path) -> None:
     flow = InstaFlow.load(guarded)
-    assert flow.bundle.safety is not None
-    flow.bundle.safety.network.concept_embeds_weights.data.fill_(-2.0)
+    assert flow.engine.bundle.safety is not None
+    flow.engine.bundle.safety.network.concept_embeds_weights.data.fill_(-2.0)
     path = flow.generate("a cat", size=64).save(tmp_path / "cat.png")
     with Image.open(path) as image:
         assert image.text["blocked"] == "by the model's safety checker"  # type: ignore[attr-defined]

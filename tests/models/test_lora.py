@@ -67,7 +67,7 @@ def test_the_scale_at_run_time_is_that_of_stock_diffusers(folder: Path, lora: Pa
 
 
 def test_each_picture_has_its_own_scale(folder: Path, lora: Path, tmp_path: Path) -> None:
-    flow, plain = InstaFlow.load(folder, lora=lora), InstaFlow.load(folder)
+    flow, plain = InstaFlow.load(folder, lora=lora), InstaFlow.load(folder, engine="torch")
     drawn = {s: flow.generate(PROMPT, seed=3, size=64, lora_scale=s) for s in (1.0, 0.0, 0.5)}
     pixels = {s: d.image.tobytes() for s, d in drawn.items()}
     assert len(set(pixels.values())) == 3 and pixels[0.0] == plain.generate(PROMPT, seed=3, size=64).image.tobytes()
@@ -77,7 +77,7 @@ def test_each_picture_has_its_own_scale(folder: Path, lora: Path, tmp_path: Path
 
 def test_a_scale_without_a_lora_is_refused(folder: Path) -> None:
     with pytest.raises(PromptError, match=r"lora_scale=0\.5 is for a LoRA, and 'InstaFlow' was loaded without one"):
-        InstaFlow.load(folder).generate(PROMPT, lora_scale=0.5)
+        InstaFlow.load(folder, engine="torch").generate(PROMPT, lora_scale=0.5)
 
 
 def test_a_lora_of_another_network_or_none_is_refused(

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from instaflow.data.pairs import PairReader, PairSet
 from instaflow.data.pictures import Picture
-from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
-from instaflow.models.networks import decode_latents, encode_pictures
+from instaflow.models.networks import decode_latents, encode_pictures, to_tensor
 from instaflow.models.perceptual import Lite1
 from instaflow.recipe import Autoencoder, Distil, Reflow, Teacher, Train
 from instaflow.training.autoencoder import MOMENT_WEIGHT, autoencoder_stage

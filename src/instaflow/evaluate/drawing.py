@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from instaflow.models.bundle import Bundle, bundle_hash
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import bundle_hash
 from instaflow.models.sampling import sample
 
 CHUNK = 256  # pictures a file: what a killed evaluation loses at most

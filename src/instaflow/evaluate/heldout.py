@@ -29,9 +29,8 @@ from instaflow.evaluate.features import Lite0
 from instaflow.evaluate.field import Field, Point, Protocol
 from instaflow.evaluate.field import Ruler as AnyRuler
 from instaflow.evaluate.retrieval import RidgeMap, fit_map, recall
-from instaflow.images import to_tensor
 from instaflow.models.bundle import Bundle
-from instaflow.models.networks import encode_pictures
+from instaflow.models.networks import encode_pictures, to_tensor
 
 COMPONENTS = 64
 STYLES = ("fluent-flat", "noto", "twemoji")  # whose training pictures the components are fitted on, and the map

@@ -8,7 +8,6 @@ safetensors only. A bundle is written whole or not at all.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -27,12 +26,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, CLIPTextModel, PreTrainedTokenizerBase
 
-from instaflow.errors import BundleError, PromptError
+from instaflow.errors import BundleError
 from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
 from instaflow.models.card import Card, read_card, write_card
 from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, decode_latents
+from instaflow.models.request import check_prompt, check_request
 from instaflow.models.safety import SafetyChecker
 from instaflow.models.stacked import StackedUNet
 from instaflow.models.velocity import Schedule, network_velocity
@@ -85,10 +85,14 @@ class Bundle:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.prompt_tokens, truncation=True, return_tensors="pt"
         ).to(self.device)
-        # Stable Diffusion shows CLIP its padding too; BERT is told what is padding
-        mask = None if isinstance(self.text_encoder, CLIPTextModel) else tokens.attention_mask
+        mask = tokens.attention_mask if self.masked else None
         states: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
         return states
+
+    @property
+    def masked(self) -> bool:
+        """Whether the text encoder is told what is padding: BERT is, Stable Diffusion shows CLIP its padding too."""
+        return not isinstance(self.text_encoder, CLIPTextModel)
 
     def velocity(self, states: Tensor, *, guidance: float = 1.0, negative: Tensor | None = None) -> Velocity:
         """The velocity field v(z, t | T), guided when guidance > 1, away from `negative` or from ∅."""
@@ -101,7 +105,7 @@ class Bundle:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Any:
         """uint8 pictures (B, H, W, 3) of latents (B, C, H/f, W/f)."""
-        return to_uint8(decode_latents(self.vae, latents))
+        return to_uint8(decode_latents(self.vae, latents).float().cpu().numpy())
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -112,48 +116,17 @@ class Bundle:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for an empty prompt or one longer than the encoder reads."""
-        if not isinstance(prompt, str):
-            raise PromptError(f"a prompt is a str, got {prompt!r}")
-        if not prompt.strip():
-            raise PromptError("the prompt is empty; say what to draw, for example 'a red apple'")
-        tokens = self.tokenizer(prompt, add_special_tokens=True, return_offsets_mapping=True)
-        count = len(tokens["input_ids"])
-        if count > self.prompt_tokens:
-            end = tokens["offset_mapping"][self.prompt_tokens - 2][1]
-            read = " ".join(prompt[max(0, end - 30) : end].split())
-            raise PromptError(
-                f"the prompt has {count} tokens and this model reads {self.prompt_tokens}: "
-                f"it would stop after '…{read}'; shorten it"
-            )
+
+        def offsets(text: str) -> list[tuple[int, int]]:
+            found: list[tuple[int, int]] = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+            return found
+
+        check_prompt(prompt, offsets, self.prompt_tokens)
 
     def check_request(self, *, steps: int, guidance: float, size: int, negative: str = "") -> None:
         """Raise PromptError for steps, guidance, a negative prompt or a size that this kind of model cannot do."""
-        kind = self.card.kind
-        if not 1 <= steps <= 1000 or (kind == "one-step" and steps != 1):
-            allowed = "1" if kind == "one-step" else "1 to 1000"
-            raise PromptError(
-                f"steps={steps} is not allowed for the {kind} model {self.card.name!r}; allowed: {allowed}"
-            )
-        if not 1 <= guidance <= self.card.max_guidance:
-            raise PromptError(
-                f"guidance={guidance:g} is not allowed for the {kind} model {self.card.name!r}; "
-                f"allowed: {'1' if self.card.max_guidance == 1 else f'1 to {self.card.max_guidance:g}'}"
-            )
-        if negative and guidance == 1.0:
-            raise PromptError(
-                "a negative prompt works through guidance, and guidance is 1"
-                + (
-                    "; this model has it baked in"
-                    if self.card.max_guidance == 1
-                    else f"; allowed: up to {self.card.max_guidance:g}"
-                )
-            )
         unit = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size < unit or size % unit or size > 4 * self.card.image_size:
-            raise PromptError(
-                f"size={size} is not allowed; use a multiple of {unit} from {unit} to {4 * self.card.image_size}, "
-                f"best {self.card.image_size}"
-            )
+        check_request(self.card, unit, steps=steps, guidance=guidance, size=size, negative=negative)
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -226,10 +199,18 @@ class Bundle:
         """Write the bundle, whole or not at all; weights as fp16 when `half`."""
         part = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(part, ignore_errors=True)
+        try:
+            self._write(part, half)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return publish(part, folder)
+
+    def _write(self, folder: Path, half: bool) -> None:
         for name, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
-            save_network(network, part / name, half=half)
-        self.tokenizer.save_pretrained(part / "tokenizer")
-        self.scheduler.save_pretrained(part / "scheduler")
+            save_network(network, folder / name, half=half)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
         index = {
             "_class_name": "StableDiffusionPipeline",
             "unet": ["diffusers", type(self.unet).__name__],
@@ -241,9 +222,8 @@ class Bundle:
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
         }
-        (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_card(part, self.card)
-        return publish(part, folder)
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_card(folder, self.card)
 
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""
@@ -320,13 +300,3 @@ def publish(part: Path, folder: Path) -> Path:
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def bundle_hash(folder: Path) -> str:
-    """sha256 over the weights of a bundle folder: what pairs and reports name their model by."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,16 @@ def write_card(folder: Path, card: Card) -> None:
     part = folder / f"{CARD}.tmp"
     part.write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
     part.replace(folder / CARD)
+
+
+def bundle_hash(folder: Path) -> str:
+    """sha256 over the weights of a bundle folder: what pairs and reports name their model by."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 # -- folders that are not ours ---------------------------------------------------------------------

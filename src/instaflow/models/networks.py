@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from instaflow.errors import BundleError
+from instaflow.images import to_float
 from instaflow.recipe import Autoencoder, Prediction, Teacher
 
 PROMPT_TOKENS = 32  # what the default text encoder is given, start and end included
@@ -92,6 +94,11 @@ def build_scheduler(prediction: Prediction) -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) → fp32 (N, 3, H, W) in [−1, 1]."""
+    return torch.from_numpy(to_float(pixels))
 
 
 def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from instaflow.flow import euler
 from instaflow.models.bundle import Bundle
-
-NOISE = "torch.Generator(cpu).manual_seed(seed), randn, fp32, version 1"
+from instaflow.noise import noise as seeded
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """X₀ ~ N(0, I), (B, *shape) fp32 on the CPU; each row depends on its seed alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.from_numpy(seeded(seeds, shape))
 
 
-@torch.inference_mode()
 def sample(
     bundle: Bundle,
     prompts: Sequence[str],
@@ -36,7 +34,12 @@ def sample(
 ) -> Tensor:
     """Latents (B, C, H/f, W/f) of prompts, one seed each, by the model's own sampler; guided away from `negative`."""
     x0 = noise(seeds, bundle.latent_shape(size)).to(bundle.device)
-    states = bundle.encode(prompts)
+    return integrate(bundle, x0, bundle.encode(prompts), steps=steps, guidance=guidance, negative=negative)
+
+
+@torch.inference_mode()
+def integrate(bundle: Bundle, x0: Tensor, states: Tensor, *, steps: int, guidance: float, negative: str) -> Tensor:
+    """The same from noise x0: (B, C, h, w) and token states: (B, L, D)."""
     away = None if guidance == 1.0 else bundle.encode([negative])
     if bundle.card.kind == "teacher" and bundle.card.prediction != "velocity":
         return dpm_solver(bundle, x0, states, away, steps=steps, guidance=guidance)

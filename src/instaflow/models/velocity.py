@@ -49,8 +49,10 @@ def vp_scale(t: Tensor) -> Tensor:
     return (t.square() + (1 - t).square()).rsqrt()
 
 
-def denoised(prediction: Prediction, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(X̂₁, ε̂) from a diffusion network's output at x = a·X₁ + b·ε; all (B, …)."""
+def denoised(
+    prediction: Prediction, out: Tensor, x: Tensor, a: Tensor | float, b: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """(X̂₁, ε̂) from a diffusion network's output at x = a·X₁ + b·ε; all (B, …), or numbers."""
     if prediction == "epsilon":
         return (x - b * out) / a, out
     return a * x - b * out, b * x + a * out  # v = a·ε − b·X₁, Salimans & Ho 2022

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from instaflow.data.pictures import Picture
-from instaflow.images import save_grid, to_tensor, to_uint8
-from instaflow.models.networks import build_autoencoder, encode_pictures
+from instaflow.images import save_grid, to_uint8
+from instaflow.models.networks import build_autoencoder, encode_pictures, to_tensor
 from instaflow.models.perceptual import Lite1
 from instaflow.recipe import Autoencoder
 from instaflow.training.trainer import Batch, Draw, Stage
@@ -77,7 +77,7 @@ def autoencoder_stage(
         shown = to_tensor(pixels[:: max(1, len(pixels) // 32)][:32]).to(next(network.parameters()).device)
         with torch.inference_mode():
             out, _ = network(shown, torch.zeros(len(shown), *shape, device=shown.device))
-        save_grid(to_uint8(torch.cat([shown, out])), path, columns=32)
+        save_grid(to_uint8(torch.cat([shown, out]).float().cpu().numpy()), path, columns=32)
 
     return Stage(network=RoundTrip(vae, spec.latent_noise), batch=batch, loss=loss, preview=preview)
 

@@ -13,7 +13,8 @@ from instaflow.data.pairs import Manifest, open_manifest, prompt_hash, read_shar
 from instaflow.data.pictures import Picture
 from instaflow.errors import DataError
 from instaflow.models.bundle import Bundle
-from instaflow.models.sampling import NOISE, sample
+from instaflow.models.sampling import sample
+from instaflow.noise import NOISE
 from instaflow.recipe import Pairs
 
 
@@ -29,6 +30,12 @@ def draw_prompts(pictures: Sequence[Picture], count: int, mixtures: float, seed:
             else:
                 prompts.append(picture.caption(rng))
     return prompts[:count]
+
+
+def drop_prompts(prompts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The prompts with about a `share` of them empty."""
+    rng = random.Random(f"empty:{seed}")
+    return ["" if rng.random() < share else prompt for prompt in prompts]
 
 
 def draw_pairs(

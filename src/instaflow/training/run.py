@@ -26,8 +26,8 @@ from instaflow.data.pairs import MANIFEST, open_pairs, read_manifest, shard_path
 from instaflow.data.pictures import Picture, content_hash, read_pictures
 from instaflow.data.prompts import read_prompts
 from instaflow.errors import DataError, RecipeError
-from instaflow.models.bundle import Bundle, bundle_hash, load_autoencoder, publish, save_network
-from instaflow.models.card import Card
+from instaflow.models.bundle import Bundle, load_autoencoder, publish, save_network
+from instaflow.models.card import Card, bundle_hash
 from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
@@ -46,7 +46,7 @@ from instaflow.recipe import (
 )
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
 from instaflow.training.distil import distil_stage
-from instaflow.training.pairs import draw_pairs, draw_prompts
+from instaflow.training.pairs import draw_pairs, draw_prompts, drop_prompts
 from instaflow.training.reflow import reflow_stage
 from instaflow.training.teacher import prompt_preview, teacher_stage
 from instaflow.training.trainer import train
@@ -260,6 +260,7 @@ class Run:
                 else:
                     pictures = self.in_styles(bundle.card.styles)
                     prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
+                prompts = drop_prompts(prompts, stage.empty_prompts, stage.seed)
                 draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
             case Reflow():
                 self._reflow(stage, folder)

@@ -1,0 +1,48 @@
+"""What a model can be asked for: prompts it can read, steps, guidance and sizes of its kind. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from instaflow.errors import PromptError
+from instaflow.models.card import Card
+
+Offsets = Callable[[str], Sequence[tuple[int, int]]]
+"""Where each token of a text begins and ends in it, start and end tokens included."""
+
+
+def check_prompt(prompt: str, offsets: Offsets, limit: int) -> None:
+    """Raise PromptError for an empty prompt or one of more than `limit` tokens."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"a prompt is a str, got {prompt!r}")
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; say what to draw, for example 'a red apple'")
+    found = offsets(prompt)
+    if len(found) > limit:
+        end = found[limit - 2][1]
+        read = " ".join(prompt[max(0, end - 30) : end].split())
+        raise PromptError(
+            f"the prompt has {len(found)} tokens and this model reads {limit}: "
+            f"it would stop after '…{read}'; shorten it"
+        )
+
+
+def check_request(card: Card, unit: int, *, steps: int, guidance: float, size: int, negative: str = "") -> None:
+    """Raise PromptError for what this kind of model cannot do; a size is a multiple of `unit` pixels."""
+    if not 1 <= steps <= 1000 or (card.kind == "one-step" and steps != 1):
+        allowed = "1" if card.kind == "one-step" else "1 to 1000"
+        raise PromptError(f"steps={steps} is not allowed for the {card.kind} model {card.name!r}; allowed: {allowed}")
+    if not 1 <= guidance <= card.max_guidance:
+        allowed = "1" if card.max_guidance == 1 else f"1 to {card.max_guidance:g}"
+        raise PromptError(
+            f"guidance={guidance:g} is not allowed for the {card.kind} model {card.name!r}; allowed: {allowed}"
+        )
+    if negative and guidance == 1.0:
+        baked = "this model has it baked in"
+        rest = baked if card.max_guidance == 1 else f"allowed: up to {card.max_guidance:g}"
+        raise PromptError(f"a negative prompt works through guidance, and guidance is 1; {rest}")
+    if size < unit or size % unit or size > 4 * card.image_size:
+        raise PromptError(
+            f"size={size} is not allowed; use a multiple of {unit} from {unit} to {4 * card.image_size}, "
+            f"best {card.image_size}"
+        )

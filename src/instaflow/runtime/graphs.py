@@ -1,0 +1,188 @@
+"""A one-step bundle as ONNX graphs that lie beside its weights and read them: `unet/model.onnx` and so on.
+
+    text_encoder/model.onnx   input_ids, attention_mask (B, L)                       → states (B, L, D)
+    unet/model.onnx           x0 (B, C, h, w), states (B, L, D)                      → latents X̂₁ = X₀ + v(X₀, 0 | T)
+    vae/model.onnx            latents (B, C, h, w)                                   → pictures (B, 3, H, W)
+
+τ, the schedule and the step are constants of the graph. Weights are ONNX external data whose place is the bundle's own
+.safetensors, so that they lie on the disk once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from instaflow.errors import BundleError
+from instaflow.flow import unet_time
+from instaflow.models.bundle import Bundle
+from instaflow.models.networks import decode_latents
+from instaflow.models.velocity import denoised
+from instaflow.runtime.openvino import GRAPH
+
+INLINE = 1 << 16  # bytes: what is no weight of the bundle and larger than this is a mistake
+
+
+class TextEncoder(nn.Module):
+    """Token states; Stable Diffusion shows CLIP its padding too."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Take the bundle's encoder."""
+        super().__init__()
+        self.encoder, self.masked = bundle.text_encoder, bundle.masked
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) twice → (B, L, D)."""
+        states: Tensor = self.encoder(input_ids, attention_mask=attention_mask if self.masked else None)[0]
+        return states
+
+
+class OneStep(nn.Module):
+    """X₀ + v(X₀, 0 | T), the time and its place on the schedule being constants."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Take the bundle's U-Net."""
+        super().__init__()
+        self.unet, self.prediction = bundle.unet, bundle.card.prediction
+        start = torch.zeros(1)
+        self.time = float(bundle.schedule.step(start) if bundle.schedule else unet_time(start))
+        self.a, self.b = (float(c) for c in bundle.schedule.alpha_sigma(start)) if bundle.schedule else (0.0, 1.0)
+
+    def forward(self, x0: Tensor, states: Tensor) -> Tensor:
+        """(B, C, h, w), (B, L, D) → (B, C, h, w)."""
+        out: Tensor = self.unet(x0, self.time, states).sample
+        if self.prediction == "velocity":
+            return x0 + out
+        x1, noise = denoised(self.prediction, out, x0, self.a, self.b)
+        return x0 + (x1 - noise)
+
+
+class Decoder(nn.Module):
+    """Pictures of latents."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Take the bundle's autoencoder."""
+        super().__init__()
+        self.vae = bundle.vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, 3, H, W)."""
+        return decode_latents(self.vae, latents)
+
+
+def write_graphs(bundle: Bundle, folder: Path) -> None:
+    """Add the three graphs to `folder`, where the bundle was saved.
+
+    Raises:
+        BundleError: a model of many steps, or the packages that export are missing.
+    """
+    if bundle.card.kind != "one-step":
+        raise BundleError(f"{bundle.card.name!r} is a {bundle.card.kind} model; a graph draws in one step")
+    tokens = torch.zeros(2, bundle.prompt_tokens, dtype=torch.long)
+    ones, x0 = torch.ones_like(tokens), torch.zeros(2, *bundle.latent_shape())
+    batch, latents = {0: "batch"}, {0: "batch", 2: "height", 3: "width"}
+    with torch.inference_mode():
+        states = bundle.encode(["", "a"])
+        _write(folder / "text_encoder", TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, "states",
+               (batch, batch if bundle.masked else None))  # fmt: skip
+        _write(folder / "unet", OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
+        _write(folder / "vae", Decoder(bundle), {"latents": x0}, "pictures", (latents,))
+
+
+def _write(folder: Path, network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: tuple[Any, ...]) -> None:
+    try:
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise BundleError(f"graphs need the package {error.name}: pip install 'instaflow[torch]'") from error
+    with _quiet():
+        program = torch.onnx.export(
+            network.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=shapes,
+        )
+    assert program is not None
+    model: Any = program.model
+    there = _tensors(folder)
+    for value in list(model.graph.initializers.values()):
+        raw = value.const_value.numpy()
+        with np.errstate(over="ignore"):  # a mask's −∞, which is no weight
+            half = raw.astype("float16") if raw.dtype == "float32" else raw
+        for stored in (half, half.T):  # the exporter turns some matrices
+            if place := there.get(_digest(stored.tobytes())):
+                _refer(ir, model.graph, value, place, stored.shape, turned=stored is not half)
+                break
+        else:
+            if raw.nbytes > INLINE:
+                raise BundleError(f"{folder} has no weight {value.name} {raw.shape}, and the graph needs it")
+            value.const_value = ir.tensor(raw, name=value.name)
+    for node in model.graph:
+        node.metadata_props.clear()  # where in the sources it came from, half a megabyte
+    ir.save(model, folder / GRAPH)
+
+
+def _refer(
+    ir: Any, graph: Any, value: Any, place: tuple[str, int, int], shape: tuple[int, ...], *, turned: bool
+) -> None:
+    """Let `value` be the fp16 tensor that lies at `place`, as fp32 and turned over if it must be."""
+    file, offset, length = place
+    name, kind = f"{value.name}.half", ir.DataType.FLOAT16
+    tensor = ir.ExternalTensor(file, offset, length, kind, shape=ir.Shape(shape), name=name)
+    weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    nodes = [ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")]
+    if turned:
+        nodes.append(ir.node("Transpose", nodes[0].outputs, {"perm": [1, 0]}, name=f"{value.name}.turned"))
+    out = nodes[-1].outputs[0]
+    out.shape, out.type = value.shape, value.type
+    ir.convenience.replace_all_uses_with(value, out)
+    del graph.initializers[value.name]
+    graph.initializers[weight.name] = weight
+    graph.insert_before(graph[0], nodes)
+
+
+def _tensors(folder: Path) -> dict[bytes, tuple[str, int, int]]:
+    """Digest of each tensor's bytes in a folder's .safetensors → (file, offset, length)."""
+    found: dict[bytes, tuple[str, int, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            for entry in header.values():
+                begin, end = entry["data_offsets"]
+                file.seek(8 + size + begin)
+                found[_digest(file.read(end - begin))] = (path.name, 8 + size + begin, end - begin)
+    return found
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes are for its makers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

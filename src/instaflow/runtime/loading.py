@@ -1,0 +1,151 @@
+"""Which engine a model gets, and the graphs of a model that came without them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from instaflow.errors import BundleError
+from instaflow.models.card import DEFAULT, bundle_hash, read_card
+from instaflow.models.hub import locate
+from instaflow.runtime.engine import Engine
+from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
+
+log = logging.getLogger("instaflow")
+ENGINES = ("openvino", "torch")
+
+
+def load_engine(
+    model: str | Path | None,
+    *,
+    lora: str | Path | None = None,
+    device: str = "cpu",
+    safety: bool = True,
+    engine: str | None = None,
+    precision: str | None = None,
+) -> Engine:
+    """The engine asked for, or the fastest that can: OpenVINO for a one-step model on a CPU, else torch.
+
+    Raises:
+        BundleError: no such model, LoRA or engine, it cannot be read, or the one is not for the other.
+    """
+    if engine not in (None, *ENGINES):
+        raise BundleError(f"unknown engine {engine!r}; allowed: {', '.join(ENGINES)}")
+    source = locate(model or DEFAULT)
+    why_not = _why_not_openvino(source, lora, device, safety)
+    if engine == "openvino" and why_not:
+        raise BundleError(f"the engine openvino {why_not}; use torch")
+    if engine == "openvino" or (engine is None and not why_not and _worth_it(source, precision)):
+        try:
+            return _openvino(source, precision)
+        except BundleError as error:
+            if engine == "openvino" or not has_torch():
+                raise
+            log.warning("%s; drawing with torch instead", error)
+            precision = None
+    return _torch(source, lora=lora, device=device, safety=safety, precision=precision)
+
+
+def has_torch() -> bool:
+    """Whether torch and the libraries of its networks are installed."""
+    return all(find_spec(name) is not None for name in ("torch", "diffusers", "transformers"))
+
+
+def _why_not_openvino(source: Path, lora: str | Path | None, device: str, safety: bool) -> str:
+    """'' where it can."""
+    if device != "cpu":
+        return f"draws on the CPU, not on {device!r}"
+    if lora is not None:
+        return "takes no LoRA"
+    if source.is_file():
+        return f"does not read the single file {source.name}"
+    card = read_card(source)
+    if card.kind != "one-step":
+        return f"draws in one step, and {card.name!r} is a {card.kind} model"
+    if safety and (source / "safety_checker").is_dir():
+        return "has no safety checker, and this model does; turn it off knowingly"
+    return ""
+
+
+def _worth_it(source: Path, precision: str | None) -> bool:
+    """Small models without graphs are as quickly drawn by torch as exported."""
+    openvino_has_it = precision in (None, "bf16", "f32")
+    return openvino_has_it and (has_graphs(source) or read_card(source).image_size > SMALL or not has_torch())
+
+
+def _openvino(source: Path, precision: str | None) -> Engine:
+    if find_spec("openvino") is None:
+        raise BundleError("the package openvino is missing: pip install openvino")
+    large = read_card(source).image_size > SMALL
+    folder = source if has_graphs(source) else exported(source)
+    return OpenVINOEngine(
+        folder, precision=precision, cache=folder / "compiled" if large and folder != source else None
+    )
+
+
+def _torch(source: Path, *, lora: str | Path | None, device: str, safety: bool, precision: str | None) -> Engine:
+    if not has_torch():
+        raise BundleError("this needs torch and diffusers: pip install 'instaflow[torch]'")
+    from instaflow.models.bundle import Bundle
+    from instaflow.runtime.pytorch import TorchEngine
+
+    bundle = Bundle.load(source, device=device, safety=safety)
+    if lora is not None:
+        from instaflow.models.lora import load_lora  # peft, which nothing else needs
+
+        load_lora(bundle, lora)
+    return TorchEngine.of(bundle, precision)
+
+
+# -- graphs made on first use ----------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where models are kept that were prepared for the CPU engine; $INSTAFLOW_CACHE says another place."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("INSTAFLOW_CACHE") or Path(base) / "instaflow")
+
+
+def exported(source: Path) -> Path:
+    """The model with graphs in the cache, made there when it is used first; by its weights and OpenVINO's version.
+
+    Raises:
+        BundleError: it must be made and torch is missing, or the disk is full.
+    """
+    folder = cache_folder() / f"{bundle_hash(source)[:16]}-openvino-{version('openvino')}"
+    if has_graphs(folder):
+        return folder
+    if not has_torch():
+        raise BundleError(
+            f"{source} has no graphs for the CPU engine, and making them needs torch: pip install 'instaflow[torch]'"
+        )
+    log.warning("preparing %s for the CPU engine, once, in %s", read_card(source).name, folder)
+    return export(source, folder)
+
+
+def export(source: str | Path, folder: Path) -> Path:
+    """Write a one-step model with its graphs, fp16, whole or not at all: it draws without torch.
+
+    Raises:
+        BundleError: no one-step model, packages are missing, or it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from instaflow.models.bundle import Bundle, publish
+    from instaflow.runtime.graphs import write_graphs
+
+    bundle = Bundle.load(source)
+    part = folder.with_name(folder.name + ".part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        bundle.save(part)
+        write_graphs(bundle, part)
+        return publish(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

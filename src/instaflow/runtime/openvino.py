@@ -1,0 +1,167 @@
+"""The CPU engine: a one-step bundle's ONNX graphs (`graphs.py`), compiled by OpenVINO. No torch here.
+
+A picture's bytes must not depend on what is drawn beside it. With two rows or more OpenVINO gives each row the same
+bits whatever the batch, with one row it takes other kernels: so a small model's picture is drawn in a batch of two
+at least, which costs it a third of its time. Large models draw one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from instaflow.errors import BundleError
+from instaflow.models.card import read_card
+from instaflow.models.request import check_prompt, check_request
+
+GRAPH = "model.onnx"
+PARTS = ("text_encoder", "unet", "vae")
+SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
+BATCHES = (2, 16)  # rows that graphs of small models are compiled for
+
+
+def has_graphs(folder: Path) -> bool:
+    """Whether a bundle folder carries its graphs."""
+    return all((folder / part / GRAPH).is_file() for part in PARTS)
+
+
+class OpenVINOEngine:
+    """A one-step bundle on this machine's CPU."""
+
+    def __init__(self, folder: Path, *, precision: str | None = None, cache: Path | None = None) -> None:
+        """Read and compile.
+
+        Args:
+            folder: a bundle with graphs.
+            precision: bf16 or f32; None takes bf16 where the processor computes with it.
+            cache: where compiled graphs are kept, for models that take long to compile; None keeps none.
+
+        Raises:
+            BundleError: the package or a graph is missing, or they do not go together.
+        """
+        try:
+            import openvino
+        except (ImportError, OSError) as error:
+            raise BundleError(f"the CPU engine cannot be loaded: {error}; pip install openvino") from error
+        self.folder, self.card = folder, read_card(folder)
+        self._read_configs()
+        self._core = openvino.Core()
+        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.precision = precision or ("bf16" if able else "f32")
+        if self.precision not in ("bf16", "f32") or (self.precision == "bf16" and not able):
+            allowed = "bf16, f32" if able else "f32, since this processor does not compute with bf16"
+            raise BundleError(f"precision {self.precision!r} is not to be had; allowed: {allowed}")
+        self.name = f"openvino {self.precision}"
+        self._options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if self.precision == "f32":
+            self._options["SNIPPETS_MODE"] = "DISABLE"  # of version 2026.4: its generated kernels crash in fp32
+        if cache is not None:
+            self._options["CACHE_DIR"] = str(cache)
+        self.batches = BATCHES if self.card.image_size <= SMALL else (1,)
+        self.batch = self.batches[-1]
+        self._graphs: dict[tuple[str, int, int], Any] = {}
+        with ThreadPoolExecutor(len(PARTS)) as pool:
+            list(pool.map(lambda part: self._graph(part, self.batches[0], self.card.image_size), PARTS))
+
+    def _read_configs(self) -> None:
+        try:
+            unet = json.loads((self.folder / "unet" / "config.json").read_text())
+            words = json.loads((self.folder / "tokenizer" / "tokenizer_config.json").read_text())
+            self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer" / "tokenizer.json"))
+            self._channels = int(unet["in_channels"])
+            self._factor = self.card.image_size // int(unet["sample_size"])
+            self._unit = self._factor * 2 ** (len(unet["block_out_channels"]) - 1)
+            self._tokens = int(words["model_max_length"])
+            pad = words["pad_token"]
+            pad = pad if isinstance(pad, str) else pad["content"]
+            pad_id = self._tokenizer.token_to_id(pad)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BundleError(f"cannot load {self.folder}: {type(error).__name__}: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.enable_padding(length=self._tokens, pad_id=pad_id, pad_token=pad)
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def check(self, *, steps: int, guidance: float, size: int, negative: str) -> None:
+        """Raise PromptError for what this model cannot do."""
+        check_request(self.card, self._unit, steps=steps, guidance=guidance, size=size, negative=negative)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise PromptError for a prompt that it cannot read."""
+
+        def offsets(text: str) -> list[tuple[int, int]]:
+            found = self._tokenizer.encode(text)
+            return [place for place, real in zip(found.offsets, found.attention_mask, strict=True) if real]
+
+        check_prompt(prompt, offsets, self._tokens)
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C, H/f, W/f) of one picture of `size` pixels."""
+        return (self._channels, size // self._factor, size // self._factor)
+
+    # -- the three things a runtime does --------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token states (B, L, D); of a prompt longer than the encoder reads, the beginning."""
+        tokens = self._tokenizer.encode_batch(list(prompts))
+        cut = [(t.ids, t.attention_mask) for t in tokens]
+        cut = [(i[: self._tokens - 1] + i[-1:], m[: self._tokens - 1] + m[-1:]) for i, m in cut]  # ends as it should
+        ids, mask = (np.array(x, np.int64) for x in zip(*cut, strict=True))
+        return self._run("text_encoder", self.card.image_size, ids, mask)
+
+    def sample(
+        self, x0: np.ndarray, states: np.ndarray, *, steps: int = 1, guidance: float = 1.0, negative: str = ""
+    ) -> np.ndarray:
+        """X₀ + v(X₀, 0 | T), (B, C, h, w); one step is all that the graph does, and all that `check` lets through."""
+        return self._run("unet", x0.shape[-1] * self._factor, x0, states)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures (B, 3, H, W), nominally in [−1, 1]."""
+        return self._run("vae", latents.shape[-1] * self._factor, latents)
+
+    def objects(self, pixels: np.ndarray) -> bool:
+        """Never: a model with a safety checker that is on is torch's."""
+        return False
+
+    def _run(self, part: str, size: int, *inputs: np.ndarray) -> np.ndarray:
+        """A graph on all rows, so many at a time as it is compiled for; the last ones are repeated to fill up."""
+        rows, start, parts = len(inputs[0]), 0, []
+        while start < rows:
+            batch = max(b for b in self.batches if b <= max(rows - start, self.batches[0]))
+            taken = [x[start : start + batch] for x in inputs]
+            filled = [np.resize(x, (batch, *x.shape[1:])) for x in taken]
+            request = self._graph(part, batch, size)
+            request.infer(filled)
+            parts.append(request.get_output_tensor(0).data[: len(taken[0])].copy())
+            start += batch
+        return np.concatenate(parts)
+
+    def _graph(self, part: str, batch: int, size: int) -> Any:
+        """The part compiled for so many rows of this size, once."""
+        if part == "text_encoder":
+            size = 0
+        key = (part, batch, size)
+        if key not in self._graphs:
+            try:
+                graph = self._core.read_model(self.folder / part / GRAPH)
+                shapes = {}
+                for port in graph.inputs:
+                    shape = [int(d.get_length()) if d.is_static else 0 for d in port.partial_shape]
+                    shape[0] = batch
+                    shapes[port] = shape[:2] + [size // self._factor] * 2 if len(shape) == 4 else shape
+                graph.reshape(shapes)
+                self._graphs[key] = self._core.compile_model(graph, "CPU", self._options).create_infer_request()
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or ["no word"])[-1]
+                raise BundleError(f"cannot compile {self.folder / part / GRAPH}: {reason[:200]}") from error
+        return self._graphs[key]

@@ -1,0 +1,241 @@
+"""Two engines, one picture: OpenVINO's graphs against torch, without torch, in any batch, and what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from instaflow.errors import BundleError, PromptError
+from instaflow.generate import InstaFlow
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import DEFAULT
+from instaflow.noise import noise
+from instaflow.runtime import loading
+from instaflow.runtime.loading import export, load_engine
+from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine
+from instaflow.runtime.pytorch import TorchEngine
+
+PROMPTS = ["a red apple", "cat face, noto", "a green tree and a house", "sun"]
+ONE = {"steps": 1, "guidance": 1.0, "negative": ""}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of uint8 pictures, in dB."""
+    return float(10 * np.log10(255**2 / max(1e-9, np.square(a.astype(float) - b.astype(float)).mean())))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one-step bundle that still predicts v on a diffusion schedule, with its graphs."""
+    plain = tiny.with_card(name="tiny-one-step", kind="one-step", steps=1, guidance=1.0, max_guidance=1.0)
+    source = plain.save(tmp_path_factory.mktemp("plain") / "bundle")
+    return export(source, tmp_path_factory.mktemp("exported") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def fast() -> OpenVINOEngine:
+    return OpenVINOEngine(DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def exact() -> OpenVINOEngine:
+    return OpenVINOEngine(DEFAULT, precision="f32")
+
+
+@pytest.fixture(scope="module")
+def reference() -> TorchEngine:
+    return TorchEngine(Bundle.load(DEFAULT))
+
+
+# -- the same pictures -------------------------------------------------------------------------
+
+
+def test_every_part_is_that_of_torch(folder: Path) -> None:
+    ours, theirs = OpenVINOEngine(folder, precision="f32"), TorchEngine(Bundle.load(folder))
+    states = theirs.encode(PROMPTS)
+    np.testing.assert_allclose(ours.encode(PROMPTS), states.numpy(), atol=1e-5)
+    for size in (32, 64):
+        x0 = noise(range(4), ours.latent_shape(size))
+        latents = theirs.sample(x0, states, **ONE)
+        np.testing.assert_allclose(ours.sample(x0, states.numpy(), **ONE), latents, atol=1e-4)
+        np.testing.assert_allclose(ours.decode(latents), theirs.decode(latents), atol=1e-3)
+
+
+def test_the_default_models_pictures_are_those_of_torch(
+    fast: OpenVINOEngine, exact: OpenVINOEngine, reference: TorchEngine
+) -> None:
+    drawn = [
+        np.stack([np.asarray(d.image) for d in InstaFlow(e).generate_many(PROMPTS, seeds=range(4))])
+        for e in (reference, exact, fast)
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1].astype(int)).max() <= 1
+    assert all(psnr(a, b) > 40 for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+@pytest.mark.parametrize("name", ["fast", "exact"])
+def test_a_picture_is_the_same_alone_and_among_others(name: str, request: pytest.FixtureRequest) -> None:
+    model = InstaFlow(request.getfixturevalue(name))
+    many = list(model.generate_many(PROMPTS * 5, seeds=[*range(19), 3]))  # a batch of 16, and two of two
+    for i in (0, 3, 15, 16, 19):
+        alone = model.generate(many[i].prompt, seed=many[i].seed)
+        assert alone.image.tobytes() == many[i].image.tobytes()
+
+
+def test_prompts_are_cut_where_torch_cuts_them(exact: OpenVINOEngine, reference: TorchEngine) -> None:
+    texts = ["", "ünïcödé ☂ emoji", "word " * 40]
+    np.testing.assert_allclose(exact.encode(texts), reference.encode(texts).numpy(), atol=1e-4)
+    said = []
+    for engine in (exact, reference):
+        with pytest.raises(PromptError) as caught:
+            engine.check_prompt("word " * 40)
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "42 tokens" in said[0]
+
+
+# -- the files ---------------------------------------------------------------------------------
+
+
+def test_weights_lie_on_the_disk_once(folder: Path) -> None:
+    for place in (folder, DEFAULT):
+        for part in PARTS:
+            assert (place / part / GRAPH).stat().st_size < 300_000
+            model = onnx.load(place / part / GRAPH, load_external_data=False)
+            outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+            files = {e.value for t in outside for e in t.external_data if e.key == "location"}
+            assert outside and all(f.endswith(".safetensors") for f in files)
+
+
+def test_graphs_are_sound_and_run_elsewhere(folder: Path) -> None:
+    for part in PARTS:
+        onnx.checker.check_model(folder / part / GRAPH)
+    ours = OpenVINOEngine(folder, precision="f32")
+    x0, states = noise([1, 2], ours.latent_shape(32)), ours.encode(PROMPTS[:2])
+    session = onnxruntime.InferenceSession(folder / "unet" / GRAPH)
+    [latents] = session.run(None, {"x0": x0, "states": states})
+    np.testing.assert_allclose(latents, ours.sample(x0, states, **ONE), atol=1e-4)
+
+
+NO_TORCH = """
+import sys
+for name in ("torch", "diffusers", "transformers", "matplotlib", "safetensors"):
+    sys.modules[name] = None  # importing it fails
+from instaflow.cli import main
+sys.argv = ["instaflow", "generate", "a red apple", "green frog", "--seed", "7", "-o", sys.argv[1]]
+main()
+"""
+
+
+def test_it_draws_where_torch_is_not_installed(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "openvino" in done.stdout and len(list(tmp_path.glob("*.png"))) == 2
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_many_steps_have_no_graph(tiny: Bundle, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "teacher")
+    with pytest.raises(BundleError, match="'tiny' is a teacher model; a graph draws in one step"):
+        export(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
+    with pytest.raises(BundleError, match="openvino draws in one step, and 'tiny' is a teacher model; use torch"):
+        load_engine(source, engine="openvino")
+    assert isinstance(load_engine(source), TorchEngine)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "tpu"}, "unknown engine 'tpu'; allowed: openvino, torch"),
+        ({"engine": "openvino", "precision": "int3"}, "precision 'int3' is not to be had; allowed: "),
+        ({"engine": "torch", "precision": "bf16"}, "precision 'bf16' is not to be had; allowed: float32"),
+        ({"engine": "openvino", "device": "cuda"}, "draws on the CPU, not on 'cuda'"),
+        ({"engine": "openvino", "lora": "a.safetensors"}, "takes no LoRA"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_said(options: dict, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        load_engine(None, **options)
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder, tmp_path / "damaged")
+    graph = tmp_path / "damaged" / "unet" / GRAPH
+    graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    return tmp_path / "damaged"
+
+
+def test_a_damaged_graph_is_named_and_torch_takes_over(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(BundleError, match=r"cannot compile .*unet.model\.onnx") as caught:
+        load_engine(damaged, engine="openvino")
+    assert "\n" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(load_engine(damaged), TorchEngine)
+    assert "drawing with torch instead" in caplog.text
+
+
+def test_without_openvino_torch_draws(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert isinstance(load_engine(folder), TorchEngine)
+    with pytest.raises(BundleError, match="the package openvino is missing"):
+        load_engine(folder, engine="openvino")
+
+
+def test_without_torch_a_model_that_needs_it_says_so(
+    tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.save(tmp_path / "teacher")
+    monkeypatch.setattr(loading, "has_torch", lambda: False)
+    with pytest.raises(BundleError, match=r"needs torch and diffusers: pip install 'instaflow\[torch\]'"):
+        load_engine(source)
+    plain = tiny.with_card(kind="one-step", steps=1, guidance=1.0, max_guidance=1.0).save(tmp_path / "one-step")
+    with pytest.raises(BundleError, match=r"has no graphs for the CPU engine, and making them needs torch"):
+        load_engine(plain)
+
+
+def test_graphs_are_made_on_first_use_and_kept(
+    one_step: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("INSTAFLOW_CACHE", str(tmp_path / "cache"))
+    source = one_step.save(tmp_path / "plain")
+    with caplog.at_level(logging.WARNING):
+        first = load_engine(source, engine="openvino")
+    assert "once" in caplog.text
+    [kept] = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(loading, "has_torch", lambda: False)  # so they cannot be made again
+    second = load_engine(source, engine="openvino")
+    x0 = noise([5], first.latent_shape(32))
+    drawn = [e.sample(x0, e.encode(["sun"]), **ONE) for e in (first, second)]
+    assert (drawn[0] == drawn[1]).all() and kept.name.endswith(f"openvino-{loading.version('openvino')}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=False).returncode
+    ):
+        pytest.skip("a small disk can only be mounted by root")
+    yield place
+    subprocess.run(["umount", place], check=False)
+
+
+def test_a_full_disk_leaves_nothing_half(one_step: Bundle, tmp_path: Path, small_disk: Path) -> None:
+    source = one_step.save(tmp_path / "plain")
+    with pytest.raises(BundleError, match="cannot write"):
+        export(source, small_disk / "out")
+    assert not list(small_disk.iterdir())
