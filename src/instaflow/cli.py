@@ -206,7 +206,125 @@ def _file_name(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", words).strip("-")[:60] or "picture"
 
 
+@app.command
+def bench(
+    model: str | None = None,
+    *,
+    against: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    runs: int = 30,
+    cold_runs: int = 3,
+    device: str = "cpu",
+    engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
+    precision: str | None = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+) -> None:
+    """Measure how fast a model draws here: warm, cold, part by part, and beside other ways of running it.
+
+    ```
+    instaflow bench
+    instaflow bench --against torch onnxruntime -o bench.json
+    instaflow bench runs/emoji/one-step/bundle --engine torch
+    ```
+
+    Parameters
+    ----------
+    model
+        A one-step model; left out, the default one.
+    against
+        Peers that draw the same picture in turn: torch, onnxruntime, diffusers.
+    runs
+        Warm pictures of each.
+    cold_runs
+        Whole processes from start to picture; 0 measures none.
+    device
+        cpu, or where torch is to draw.
+    engine
+        openvino or torch; left out, the faster one that can.
+    precision
+        The engine's precision.
+    out
+        A .json file for the figures.
+    """
+    if runs < 1 or cold_runs < 0:
+        raise DataError(f"--runs={runs} --cold-runs={cold_runs} is not allowed; use 1 or more, and 0 or more")
+    _hush()
+    from instaflow.models.card import DEFAULT
+    from instaflow.models.hub import locate
+    from instaflow.runtime import bench as measuring
+    from instaflow.runtime.loading import load_engine
+
+    source = locate(model or DEFAULT)
+    chosen: dict[str, Any] = {"device": device, "engine": engine, "precision": precision}
+    loaded = load_engine(source, safety=False, **chosen)
+    if loaded.card.kind != "one-step":
+        raise PromptError(f"bench draws in one step, and {loaded.card.name!r} is a {loaded.card.kind} model")
+    options = [word for k, v in chosen.items() if v is not None for word in (f"--{k}", v)]
+    options += ["--model", str(source), "--no-safety"]
+    report = measuring.bench(source, loaded, against=against, runs=runs, cold_runs=cold_runs, options=options)
+    _print_bench(report)
+    if out is not None:
+        import json
+
+        out.write_text(json.dumps(report, indent=2) + "\n")
+        print(out)
+
+
+def _print_bench(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{report['model']}, {report['size']} px, {report['engine']}, {report['cpus']} CPUs"
+    table = Table("", "p50 ms", "p95 ms", "GFLOP", "of peak", "times ours", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, t in report["picture"].items():
+        own = name == report["engine"]
+        share = f"{report['of_peak']:.0%}" if own and "of_peak" in report else ""
+        times = "" if own else f"{report['ratio'][name]:.2f}"
+        table.add_row(name, f"{t['p50']:.2f}", f"{t['p95']:.2f}", "", share, times, style="bold" if own else "")
+        if own:
+            for part, p in report["parts"].items():
+                counted = (f"{p['gflop']:.2f}", f"{p['of_peak']:.0%}") if "gflop" in p else ("", "")
+                table.add_row(f"  {part}", f"{p['p50']:.2f}", f"{p['p95']:.2f}", *counted, "")
+            if several := report.get("batch"):
+                t = several["per_picture"]
+                table.add_row(f"  each of {several['pictures']}", f"{t['p50']:.2f}", f"{t['p95']:.2f}", "", "", "")
+    Console().print(table)
+    if "cold" in report:
+        print(
+            f"cold, process start to PNG: {report['cold']['seconds']:.2f} s; peak memory {report['peak_memory_mb']} MB"
+        )
+    if "peak_gflop_s" in report:
+        print(f"peak of this machine, one large matrix product: {report['peak_gflop_s']} GFLOP/s")
+
+
 # -- making models ---------------------------------------------------------------------------------
+
+
+@app.command
+def export(model: str | None = None, *, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
+    """Write a one-step model with ONNX graphs beside its weights: it draws fast on a CPU, and without torch.
+
+    ```
+    instaflow export runs/emoji/one-step/bundle -o fast/
+    instaflow generate "a red apple" --model fast/
+    ```
+
+    Parameters
+    ----------
+    model
+        A folder or a hub id; left out, the default model.
+    out
+        The folder to write, whole or not at all.
+    """
+    _hush()
+    from instaflow.models.card import DEFAULT
+    from instaflow.models.hub import locate
+    from instaflow.runtime import loading
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"--out {out} is there already; name a folder that is not")
+    print(loading.export(locate(model or DEFAULT), out))
 
 
 @app.command

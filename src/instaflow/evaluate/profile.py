@@ -52,13 +52,13 @@ def latency(bundle: Bundle, entrant: Entrant, prompt: str) -> dict[str, float]:
 
 
 PROGRAM = """
-import json, resource, sys, torch
+import json, sys, torch
 from instaflow.generate import InstaFlow
+from instaflow.runtime.bench import peak_memory
 model, steps, guidance, device, prompt = json.loads(sys.argv[1])
-InstaFlow.load(model, device=device, safety=False).generate(prompt, steps=steps, guidance=guidance)
+InstaFlow.load(model, device=device, safety=False, engine="torch").generate(prompt, steps=steps, guidance=guidance)
 peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
-unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, peak]))
+print(json.dumps([peak_memory(), peak]))
 """
 
 

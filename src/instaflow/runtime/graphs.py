@@ -96,8 +96,28 @@ def write_graphs(bundle: Bundle, folder: Path) -> None:
         states = bundle.encode(["", "a"])
         _write(folder / "text_encoder", TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, "states",
                (batch, batch if bundle.masked else None))  # fmt: skip
-        _write(folder / "unet", OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
+        with _one_time(bundle.unet):
+            _write(folder / "unet", OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
         _write(folder / "vae", Decoder(bundle), {"latents": x0}, "pictures", (latents,))
+
+
+@contextmanager
+def _one_time(unet: nn.Module) -> Iterator[None]:
+    """The time's embedding as one row for all pictures.
+
+    It is a constant, and with a row a picture engines would fold it into what stands before it for one picture and
+    not for several: the same picture would round differently alone and among others.
+    """
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: (args[0][:1], *args[1:]))
+        for name, module in unet.named_modules()
+        if name.rpartition(".")[2] == "time_embedding"
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _write(folder: Path, network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: tuple[Any, ...]) -> None:

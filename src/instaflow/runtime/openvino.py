@@ -1,8 +1,7 @@
 """The CPU engine: a one-step bundle's ONNX graphs (`graphs.py`), compiled by OpenVINO. No torch here.
 
-A picture's bytes must not depend on what is drawn beside it. With two rows or more OpenVINO gives each row the same
-bits whatever the batch, with one row it takes other kernels: so a small model's picture is drawn in a batch of two
-at least, which costs it a third of its time. Large models draw one at a time.
+A picture's bytes must not depend on what is drawn beside it. OpenVINO gives each row the same bits whatever the batch,
+as long as the graph has the same constants for one row as for several; `graphs.py` sees to that, and a test to this.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from instaflow.models.request import check_prompt, check_request
 GRAPH = "model.onnx"
 PARTS = ("text_encoder", "unet", "vae")
 SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
-BATCHES = (2, 16)  # rows that graphs of small models are compiled for
+BATCHES = (1, 16)  # rows that graphs of small models are compiled for
 
 
 def has_graphs(folder: Path) -> bool:
@@ -113,11 +112,15 @@ class OpenVINOEngine:
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Token states (B, L, D); of a prompt longer than the encoder reads, the beginning."""
-        tokens = self._tokenizer.encode_batch(list(prompts))
-        cut = [(t.ids, t.attention_mask) for t in tokens]
-        cut = [(i[: self._tokens - 1] + i[-1:], m[: self._tokens - 1] + m[-1:]) for i, m in cut]  # ends as it should
+        return self._run("text_encoder", self.card.image_size, *self.tokens(prompts))
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token numbers and which of them are not padding, both (B, L)."""
+        found = [(t.ids, t.attention_mask) for t in self._tokenizer.encode_batch(list(prompts))]
+        last = self._tokens - 1
+        cut = [(ids[:last] + ids[-1:], mask[:last] + mask[-1:]) for ids, mask in found]  # a text ends as it should
         ids, mask = (np.array(x, np.int64) for x in zip(*cut, strict=True))
-        return self._run("text_encoder", self.card.image_size, ids, mask)
+        return ids, mask
 
     def sample(
         self, x0: np.ndarray, states: np.ndarray, *, steps: int = 1, guidance: float = 1.0, negative: str = ""
@@ -148,20 +151,23 @@ class OpenVINOEngine:
 
     def _graph(self, part: str, batch: int, size: int) -> Any:
         """The part compiled for so many rows of this size, once."""
-        if part == "text_encoder":
-            size = 0
-        key = (part, batch, size)
+        key = (part, batch, 0 if part == "text_encoder" else size)
         if key not in self._graphs:
             try:
-                graph = self._core.read_model(self.folder / part / GRAPH)
-                shapes = {}
-                for port in graph.inputs:
-                    shape = [int(d.get_length()) if d.is_static else 0 for d in port.partial_shape]
-                    shape[0] = batch
-                    shapes[port] = shape[:2] + [size // self._factor] * 2 if len(shape) == 4 else shape
-                graph.reshape(shapes)
-                self._graphs[key] = self._core.compile_model(graph, "CPU", self._options).create_infer_request()
+                compiled = self._core.compile_model(self.read(part, batch, size), "CPU", self._options)
             except RuntimeError as error:
                 reason = (str(error).splitlines() or ["no word"])[-1]
                 raise BundleError(f"cannot compile {self.folder / part / GRAPH}: {reason[:200]}") from error
+            self._graphs[key] = compiled.create_infer_request()
         return self._graphs[key]
+
+    def read(self, part: str, batch: int, size: int) -> Any:
+        """The part as OpenVINO's model of so many rows of this size."""
+        graph, side = self._core.read_model(self.folder / part / GRAPH), size // self._factor
+        shapes = {}
+        for port in graph.inputs:
+            shape = port.partial_shape
+            fixed = [int(n.get_length()) if n.is_static else side for n in shape]
+            shapes[port] = [batch, *fixed[1:]]
+        graph.reshape(shapes)
+        return graph
