@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,14 @@ import pytest
 from PIL import Image
 from test_checkpoints import tiny_pipeline
 
+from instaflow.data.pairs import open_pairs, read_manifest
 from instaflow.data.pictures import Picture, write_parquet
 from instaflow.errors import BundleError
 from instaflow.models.bundle import Bundle
-from instaflow.models.card import read_card
+from instaflow.models.card import bundle_hash, read_card
+from instaflow.models.networks import build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
-from instaflow.recipe import Data, Evaluate, Pairs, Recipe, inputs, load_recipe
+from instaflow.recipe import Data, Evaluate, Pairs, Recipe, Teacher, Train, inputs, load_recipe
 from instaflow.training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -74,19 +77,38 @@ def test_the_published_recipes(
     assert 1.9 < count[1] / count[0] < 2
 
 
-def test_the_recipe_of_the_ablations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_of_the_findings(tiny: Bundle, tmp_path: Path) -> None:
+    encoder, tokenizer = load_minilm()
+    spec = Teacher(name="teacher", autoencoder="", widths=(32, 32), train=Train(steps=1))
+    unet = build_unet(spec, latent_channels=4, latent_size=4, text_width=384)
+    small = replace(tiny.with_card(styles=("noto",)), unet=unet, text_encoder=encoder, tokenizer=tokenizer)
+    default = {"src/instaflow/default": str(small.save(tmp_path / "default"))}
     rng = np.random.default_rng(0)
     pictures = [
         Picture.from_image(
-            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), name=f"thing {i}", style="noto"
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)), name=f"thing {i}", style="noto"
         )
         for i in range(6)
     ]
-    data = Data(source=str(write_parquet(pictures, tmp_path / "data.parquet")), size=64)
-    monkeypatch.chdir(ROOT)  # it starts from the default model, by its path
-    run = carry_out(msgspec.structs.replace(shrunk("ablations.toml"), data=data), tmp_path)
-    made = [s for s in run.recipe.stages if not isinstance(s, Pairs)]
-    assert [read_card(run.output(s.name)).prediction for s in made] == ["epsilon"] * 5 + ["v_prediction"] * 4
+    data = Data(source=str(write_parquet(pictures, tmp_path / "data.parquet")), size=32)
+
+    def carried_out(name: str, **names: str) -> Run:
+        prompts = {"recipes/open-prompts.txt": str(ROOT / "recipes/open-prompts.txt")}
+        return carry_out(msgspec.structs.replace(shrunk(name, **default, **prompts, **names), data=data), tmp_path)
+
+    runs = [carried_out("ablations.toml"), carried_out("findings.toml")]
+    teacher = {"runs/findings/teacher/bundle": str(runs[1].output("teacher"))}
+    runs += [carried_out("unconditional.toml", **teacher), carried_out("open-prompts.toml", **teacher)]
+    for run, prediction in zip(runs, ["epsilon", *["v_prediction"] * 3], strict=True):
+        made = [s for s in run.recipe.stages if not isinstance(s, Pairs)]
+        assert {read_card(run.output(s.name)).prediction for s in made} == {prediction}
+    findings = runs[1].output
+    assert isinstance(Bundle.load(findings("direct-stacked")).unet, StackedUNet)
+    own = read_manifest(findings("straight-pairs"))
+    assert own.teacher == bundle_hash(findings("2-rectified")) and own.sampler == "euler"
+    for stage in ("reflow-distil-l2", "3-rectified"):
+        assert read_card(findings(stage)).lineage["pairs"]["teacher"] == own.teacher
+    assert set(open_pairs(runs[2].output("pairs")).load(0).prompts) == {""}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)

@@ -26,7 +26,7 @@ from instaflow.recipe import Autoencoder, Distil, Reflow, Teacher, Train
 from instaflow.training.autoencoder import MOMENT_WEIGHT, autoencoder_stage
 from instaflow.training.batches import TextCache
 from instaflow.training.distil import distil_stage
-from instaflow.training.pairs import draw_prompts
+from instaflow.training.pairs import draw_prompts, drop_prompts
 from instaflow.training.reflow import reflow_stage, times
 from instaflow.training.teacher import teacher_stage
 from instaflow.training.trainer import Draw
@@ -406,3 +406,10 @@ def test_prompts_are_a_function_of_the_seed() -> None:
 def test_the_share_of_mixtures_is_the_one_asked_for(mixtures: float) -> None:
     prompts = draw_prompts([picture(i, "noto") for i in range(50)], 2000, mixtures, seed=0)
     assert np.mean([" and " in p for p in prompts]) == pytest.approx(mixtures, abs=0.04)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_prompts_is_dropped(share: float) -> None:
+    prompts = drop_prompts(["a"] * 2000, share, seed=0)
+    assert len(prompts) == 2000 and set(prompts) <= {"a", ""}
+    assert np.mean([p == "" for p in prompts]) == pytest.approx(share, abs=0.04)
