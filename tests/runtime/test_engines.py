@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -213,12 +213,28 @@ def test_graphs_are_made_on_first_use_and_kept(
     with caplog.at_level(logging.WARNING):
         first = load_engine(source, engine="openvino")
     assert "once" in caplog.text
-    [kept] = (tmp_path / "cache").iterdir()
+    [kept] = (p for p in (tmp_path / "cache").iterdir() if p.name != "hashes")
     monkeypatch.setattr(loading, "has_torch", lambda: False)  # so they cannot be made again
     second = load_engine(source, engine="openvino")
     x0 = noise([5], first.latent_shape(32))
     drawn = [e.sample(x0, e.encode(["sun"]), **ONE) for e in (first, second)]
     assert (drawn[0] == drawn[1]).all() and kept.name.endswith(f"openvino-{loading.version('openvino')}")
+
+
+def test_a_model_whose_weights_changed_is_prepared_anew(
+    one_step: Bundle, own: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INSTAFLOW_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+    monkeypatch.setattr(loading, "export", lambda _, folder: made.append(folder) or folder)
+    folder = one_step.save(tmp_path / "model")
+    loading.exported(folder)
+    loading.exported(folder)
+    other = own(**{f: getattr(one_step.card, f) for f in ("kind", "prediction", "steps", "guidance", "max_guidance")})
+    other.unet.conv_in.bias.data += 1
+    other.save(folder)
+    loading.exported(folder)
+    assert made[0] == made[1] != made[2]
 
 
 @pytest.fixture

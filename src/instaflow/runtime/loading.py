@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -80,11 +82,7 @@ def _worth_it(source: Path, precision: str | None) -> bool:
 def _openvino(source: Path, precision: str | None) -> Engine:
     if find_spec("openvino") is None:
         raise BundleError("the package openvino is missing: pip install openvino")
-    large = read_card(source).image_size > SMALL
-    folder = source if has_graphs(source) else exported(source)
-    return OpenVINOEngine(
-        folder, precision=precision, cache=folder / "compiled" if large and folder != source else None
-    )
+    return OpenVINOEngine(source if has_graphs(source) else exported(source), precision=precision)
 
 
 def _torch(source: Path, *, lora: str | Path | None, device: str, safety: bool, precision: str | None) -> Engine:
@@ -116,7 +114,7 @@ def exported(source: Path) -> Path:
     Raises:
         BundleError: it must be made and torch is missing, or the disk is full.
     """
-    folder = cache_folder() / f"{bundle_hash(source)[:16]}-openvino-{version('openvino')}"
+    folder = cache_folder() / f"{_content(source)[:16]}-openvino-{version('openvino')}"
     if has_graphs(folder):
         return folder
     if not has_torch():
@@ -125,6 +123,21 @@ def exported(source: Path) -> Path:
         )
     log.warning("preparing %s for the CPU engine, once, in %s", read_card(source).name, folder)
     return export(source, folder)
+
+
+def _content(source: Path) -> str:
+    """The hash of a model's weights, read once: gigabytes take seconds. Kept by what a file's entry says of it."""
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source.rglob("*.safetensors"))]
+    kept = cache_folder() / "hashes" / hashlib.sha256(repr(files).encode()).hexdigest()
+    if kept.is_file() and re.fullmatch(r"[0-9a-f]{64}", found := kept.read_text()):
+        return found
+    found = bundle_hash(source)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(found)
+    except OSError:
+        log.warning("%s cannot be written; the model is read through at every start", kept.parent)
+    return found
 
 
 def export(source: str | Path, folder: Path) -> Path:

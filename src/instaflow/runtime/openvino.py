@@ -33,13 +33,12 @@ def has_graphs(folder: Path) -> bool:
 class OpenVINOEngine:
     """A one-step bundle on this machine's CPU."""
 
-    def __init__(self, folder: Path, *, precision: str | None = None, cache: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, precision: str | None = None) -> None:
         """Read and compile.
 
         Args:
             folder: a bundle with graphs.
             precision: bf16 or f32; None takes bf16 where the processor computes with it.
-            cache: where compiled graphs are kept, for models that take long to compile; None keeps none.
 
         Raises:
             BundleError: the package or a graph is missing, or they do not go together.
@@ -64,8 +63,6 @@ class OpenVINOEngine:
         }
         if self.precision == "f32":
             self._options["SNIPPETS_MODE"] = "DISABLE"  # of version 2026.4: its generated kernels crash in fp32
-        if cache is not None:
-            self._options["CACHE_DIR"] = str(cache)
         self.batches = BATCHES if self.card.image_size <= SMALL else (1,)
         self.batch = self.batches[-1]
         self._graphs: dict[tuple[str, int, int], Any] = {}
