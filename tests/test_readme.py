@@ -20,6 +20,7 @@ PYTHON = [body for language, body in BLOCKS if language == "python"]
 SHRUNK = {  # what would take hours, or minutes more than it tells
     "instaflow run recipes/emoji.toml": "instaflow run recipes/emoji.toml --dry-run",
     "instaflow data emoji": "instaflow data emoji --styles streamline",
+    "instaflow bench": "instaflow bench --runs 2 --cold-runs 1",
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="npm fetches the pictures and is not installed")
