@@ -54,6 +54,7 @@ def generate(
     device: str = "cpu",
     engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
     precision: str | None = None,
+    decoder: str | None = None,
 ) -> None:
     """Draw pictures from sentences.
 
@@ -102,6 +103,8 @@ def generate(
         openvino (a one-step model on a CPU) or torch; left out, the faster one that can.
     precision
         Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own.
+    decoder
+        A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
@@ -112,7 +115,7 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision)
+    flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
         seeds=[s for _, s in wanted],
@@ -362,13 +365,13 @@ def run(
 def train(
     recipe: Path, *, stage: str, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
 ) -> None:
-    """Train one stage of a recipe: autoencoder, teacher, reflow or distil, by its name or kind.
+    """Train one stage of a recipe: autoencoder, decoder, teacher, reflow or distil, by its name or kind.
 
     ```
     instaflow train recipes/emoji.toml --stage teacher
     ```
     """
-    _carry_out(recipe, stage, ("autoencoder", "teacher", "reflow", "distil"), dry_run, root, cache)
+    _carry_out(recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil"), dry_run, root, cache)
 
 
 @app.command

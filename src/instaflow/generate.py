@@ -88,6 +88,7 @@ class InstaFlow:
         safety: bool = True,
         engine: str | None = None,
         precision: str | None = None,
+        decoder: str | Path | None = None,
     ) -> InstaFlow:
         """Load a model.
 
@@ -100,11 +101,14 @@ class InstaFlow:
             engine: 'openvino', a one-step model's fast way on a CPU, or 'torch', every model's on every device.
                 None takes the first where it can.
             precision: of OpenVINO bf16 or f32, of torch float32, bfloat16 or float16. None leaves it to the engine.
+            decoder: a tiny decoder in place of the model's own: a folder or hub id of diffusers' AutoencoderTiny, or
+                what a decoder stage made.
 
         Raises:
             BundleError: no such model, LoRA or engine, it cannot be read, or the one is not for the other.
         """
-        found = load_engine(model, lora=lora, device=device, safety=safety, engine=engine, precision=precision)
+        options: dict[str, Any] = {"device": device, "safety": safety, "engine": engine, "precision": precision}
+        found = load_engine(model, lora=lora, decoder=decoder, **options)
         return cls(found, lora=Path(lora).stem if lora else "")
 
     def generate(

@@ -204,6 +204,25 @@ class Distil(OnPairs, frozen=True, kw_only=True, tag="distil", tag_field="kind")
     """l2 on latents; perceptual adds a perceptual distance of the decoded pictures."""
 
 
+class Decoder(Spec, frozen=True, kw_only=True, tag="decoder", tag_field="kind"):
+    """A tiny decoder of TAESD's architecture, distilled from a model's own: its pictures for a fraction of the work."""
+
+    name: Name
+    model: str
+    """Whose decoder is learnt."""
+    pairs: str
+    """The latents to learn it on: a stage, a folder of pairs, or one in an object store."""
+    width: Count = 64
+    """Channels at every resolution."""
+    blocks: Count = 3
+    """Residual blocks at every resolution but the last, which has one."""
+    crop: Annotated[int, Meta(ge=0)] = 0
+    """Decode a random square of so many latents a side, for memory; 0, or more than there are, decodes all of them."""
+    perceptual_weight: Annotated[float, Meta(ge=0)] = 0.05
+    """Weight of a feature distance (EfficientNet-Lite1) beside L1 on pixels."""
+    train: Train
+
+
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
@@ -217,7 +236,7 @@ class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"
     seed: Seed = 0
 
 
-Stage = Autoencoder | Teacher | Pairs | Reflow | Distil | Evaluate
+Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Evaluate
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -269,7 +288,7 @@ def inputs(stage: Stage) -> tuple[str, ...]:
             return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
         case Pairs():
             return (stage.model,)
-        case Reflow() | Distil():
+        case Reflow() | Distil() | Decoder():
             return (stage.model, stage.pairs)
         case Evaluate():
             return tuple(name.split("@")[0] for name in stage.models)

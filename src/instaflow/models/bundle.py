@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from instaflow.errors import BundleError
 from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
 from instaflow.models.card import Card, read_card, write_card
-from instaflow.models.hub import locate
+from instaflow.models.hub import find_decoder, locate
 from instaflow.models.networks import build_scheduler, decode_latents
 from instaflow.models.request import check_prompt, check_request
 from instaflow.models.safety import SafetyChecker
@@ -131,7 +131,14 @@ class Bundle:
     # -- files ----------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, source: str | Path, *, device: str | torch.device = "cpu", safety: bool = False) -> Bundle:
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        safety: bool = False,
+        decoder: str | Path | None = None,
+    ) -> Bundle:
         """Read a bundle; weights become fp32.
 
         Args:
@@ -139,10 +146,14 @@ class Bundle:
                 .safetensors file in the LDM layout.
             device: where the networks go.
             safety: load the bundle's own safety checker too, when it has one.
+            decoder: a tiny decoder in place of the bundle's own autoencoder, as `load_decoder` takes it.
 
         Raises:
             BundleError: nothing there, a part missing or unreadable, or a card that makes no sense.
         """
+        if decoder is not None:
+            own = cls.load(source, device=device, safety=safety)
+            return replace(own, vae=load_decoder(decoder, own))
         folder = locate(source)
         if folder.is_file():
             return cls._load_file(folder, device)
@@ -274,7 +285,25 @@ def _load_text_encoder(folder: Path) -> Any:
 
 def load_autoencoder(folder: Path, device: str | torch.device) -> Any:
     """The autoencoder in `folder/vae`: of a bundle, or all that an autoencoder stage makes."""
-    return _ready(_load_named(folder / "vae", AutoencoderDC, AutoencoderKL), device)
+    return _ready(_load_named(folder / "vae", AutoencoderDC, AutoencoderKL, AutoencoderTiny), device)
+
+
+def load_decoder(source: str | Path, bundle: Bundle) -> Any:
+    """A tiny decoder for a bundle's latents: a folder or hub id of diffusers' `AutoencoderTiny`, or what a stage made.
+
+    Raises:
+        BundleError: nothing there, another kind of network, or one for other latents.
+    """
+    folder = find_decoder(source)
+    vae = _ready(_load_named(folder, AutoencoderTiny), bundle.device)
+    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+    wanted = (bundle.latent_shape()[0], bundle.factor)
+    if (channels, factor) != wanted:
+        raise BundleError(
+            f"the decoder {folder} is for latents of {channels} channels at 1/{factor} of the size; "
+            f"{bundle.card.name!r} has {wanted[0]} at 1/{wanted[1]}"
+        )
+    return vae
 
 
 def _ready(network: Any, device: str | torch.device) -> Any:

@@ -43,6 +43,20 @@ def locate(source: str | Path) -> Path:
     return download(str(source))
 
 
+def find_decoder(source: str | Path) -> Path:
+    """The folder of a decoder: a diffusers folder, a stage's output with vae/ in it, or a hub id.
+
+    Raises:
+        BundleError: nothing there.
+    """
+    path = Path(source)
+    if not path.is_dir() and HUB_ID.fullmatch(str(source)):
+        path = download(str(source), "config.json", "diffusion_pytorch_model.safetensors")
+    if not path.is_dir():
+        raise BundleError(f"no such decoder: {source}; it takes a folder or a hub id")
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
 def download(name: str, *files: str) -> Path:
     """Snapshot folder of a hub id in the local cache, fetched when it can be: these files, or a bundle's.
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from instaflow.errors import BundleError
 from instaflow.images import to_float
-from instaflow.recipe import Autoencoder, Prediction, Teacher
+from instaflow.recipe import Autoencoder, Decoder, Prediction, Teacher
 
 PROMPT_TOKENS = 32  # what the default text encoder is given, start and end included
 HEAD_WIDTH = 64
@@ -37,6 +37,18 @@ def build_autoencoder(spec: Autoencoder) -> AutoencoderDC:
         downsample_block_type="pixel_unshuffle",
         upsample_block_type="pixel_shuffle",
         scaling_factor=1.0,
+    )
+
+
+def build_tiny_decoder(spec: Decoder, latent_channels: int) -> AutoencoderTiny:
+    """TAESD's architecture, factor 8, for latents of unit deviation; its encoder is there and untrained."""
+    widths = (spec.width,) * 4
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(spec.blocks, spec.blocks, spec.blocks, 1),
+        latent_channels=latent_channels,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from instaflow.errors import BundleError
 from instaflow.models.card import DEFAULT, bundle_hash, read_card
-from instaflow.models.hub import locate
+from instaflow.models.hub import find_decoder, locate
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
 
@@ -29,6 +29,7 @@ def load_engine(
     safety: bool = True,
     engine: str | None = None,
     precision: str | None = None,
+    decoder: str | Path | None = None,
 ) -> Engine:
     """The engine asked for, or the fastest that can: OpenVINO for a one-step model on a CPU, else torch.
 
@@ -41,15 +42,15 @@ def load_engine(
     why_not = _why_not_openvino(source, lora, device, safety)
     if engine == "openvino" and why_not:
         raise BundleError(f"the engine openvino {why_not}; use torch")
-    if engine == "openvino" or (engine is None and not why_not and _worth_it(source, precision)):
+    if engine == "openvino" or (engine is None and not why_not and _worth_it(source, precision, decoder)):
         try:
-            return _openvino(source, precision)
+            return _openvino(source, precision, decoder)
         except BundleError as error:
             if engine == "openvino" or not has_torch():
                 raise
             log.warning("%s; drawing with torch instead", error)
             precision = None
-    return _torch(source, lora=lora, device=device, safety=safety, precision=precision)
+    return _torch(source, lora=lora, device=device, safety=safety, precision=precision, decoder=decoder)
 
 
 def has_torch() -> bool:
@@ -73,25 +74,34 @@ def _why_not_openvino(source: Path, lora: str | Path | None, device: str, safety
     return ""
 
 
-def _worth_it(source: Path, precision: str | None) -> bool:
+def _worth_it(source: Path, precision: str | None, decoder: str | Path | None) -> bool:
     """Small models without graphs are as quickly drawn by torch as exported."""
-    openvino_has_it = precision in (None, "bf16", "f32")
-    return openvino_has_it and (has_graphs(source) or read_card(source).image_size > SMALL or not has_torch())
+    openvino_has_it, ready = precision in (None, "bf16", "f32"), has_graphs(source) and decoder is None
+    return openvino_has_it and (ready or read_card(source).image_size > SMALL or not has_torch())
 
 
-def _openvino(source: Path, precision: str | None) -> Engine:
+def _openvino(source: Path, precision: str | None, decoder: str | Path | None) -> Engine:
     if find_spec("openvino") is None:
         raise BundleError("the package openvino is missing: pip install openvino")
-    return OpenVINOEngine(source if has_graphs(source) else exported(source), precision=precision)
+    ready = has_graphs(source) and decoder is None
+    return OpenVINOEngine(source if ready else exported(source, decoder), precision=precision)
 
 
-def _torch(source: Path, *, lora: str | Path | None, device: str, safety: bool, precision: str | None) -> Engine:
+def _torch(
+    source: Path,
+    *,
+    lora: str | Path | None,
+    device: str,
+    safety: bool,
+    precision: str | None,
+    decoder: str | Path | None,
+) -> Engine:
     if not has_torch():
         raise BundleError("this needs torch and diffusers: pip install 'instaflow[torch]'")
     from instaflow.models.bundle import Bundle
     from instaflow.runtime.pytorch import TorchEngine
 
-    bundle = Bundle.load(source, device=device, safety=safety)
+    bundle = Bundle.load(source, device=device, safety=safety, decoder=decoder)
     if lora is not None:
         from instaflow.models.lora import load_lora  # peft, which nothing else needs
 
@@ -108,13 +118,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INSTAFLOW_CACHE") or Path(base) / "instaflow")
 
 
-def exported(source: Path) -> Path:
+def exported(source: Path, decoder: str | Path | None = None) -> Path:
     """The model with graphs in the cache, made there when it is used first; by its weights and OpenVINO's version.
+
+    Args:
+        source: the model's folder.
+        decoder: a tiny decoder in place of its own.
 
     Raises:
         BundleError: it must be made and torch is missing, or the disk is full.
     """
-    folder = cache_folder() / f"{_content(source)[:16]}-openvino-{version('openvino')}"
+    name = _content(source)[:16] + (f"-{_content(find_decoder(decoder))[:16]}" if decoder else "")
+    folder = cache_folder() / f"{name}-openvino-{version('openvino')}"
     if has_graphs(folder):
         return folder
     if not has_torch():
@@ -122,7 +137,7 @@ def exported(source: Path) -> Path:
             f"{source} has no graphs for the CPU engine, and making them needs torch: pip install 'instaflow[torch]'"
         )
     log.warning("preparing %s for the CPU engine, once, in %s", read_card(source).name, folder)
-    return export(source, folder)
+    return export(source, folder, decoder)
 
 
 def _content(source: Path) -> str:
@@ -140,7 +155,7 @@ def _content(source: Path) -> str:
     return found
 
 
-def export(source: str | Path, folder: Path) -> Path:
+def export(source: str | Path, folder: Path, decoder: str | Path | None = None) -> Path:
     """Write a one-step model with its graphs, fp16, whole or not at all: it draws without torch.
 
     Raises:
@@ -151,7 +166,7 @@ def export(source: str | Path, folder: Path) -> Path:
     from instaflow.models.bundle import Bundle, publish
     from instaflow.runtime.graphs import write_graphs
 
-    bundle = Bundle.load(source)
+    bundle = Bundle.load(source, decoder=decoder)
     part = folder.with_name(folder.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from instaflow.data.pairs import BYTES
 from instaflow.errors import RecipeError
 from instaflow.models.hub import HUB_ID
-from instaflow.models.networks import build_autoencoder, build_unet, decode_latents
+from instaflow.models.networks import build_autoencoder, build_tiny_decoder, build_unet, decode_latents
 from instaflow.models.perceptual import LPIPS, Lite1
 from instaflow.models.stacked import StackedUNet
-from instaflow.recipe import Autoencoder, Distil, Evaluate, OnPairs, Pairs, Recipe, Reflow, Stage, Teacher, kind
+from instaflow.recipe import (
+    Autoencoder,
+    Decoder,
+    Distil,
+    Evaluate,
+    OnPairs,
+    Pairs,
+    Recipe,
+    Reflow,
+    Stage,
+    Teacher,
+    kind,
+)
 from instaflow.training.memory import can_checkpoint
 
 TRAINING_STEP = 3
@@ -224,6 +236,15 @@ def cost(stage: Stage, recipe: Recipe, networks: Networks | None = None) -> Cost
             size = recipe.data.size
             picture = torch.zeros(1, 3, size, size, device="meta")
             flops = forwards * count_flops(lambda: vae(picture))
+        case Decoder():
+            images = stage.train.steps * stage.train.batch_size
+            forwards = TRAINING_STEP * images
+            own, side = networks.vae(stage.model), recipe.data.size // 8
+            z = torch.zeros(1, own.config.latent_channels, *[min(stage.crop or side, side)] * 2, device="meta")
+            with torch.device("meta"):
+                tiny = build_tiny_decoder(stage, own.config.latent_channels)
+            flops = forwards * count_flops(lambda: decode_latents(tiny, z))
+            flops += images * count_flops(lambda: decode_latents(own, z))
         case Teacher() | Reflow() | Distil():
             images = stage.train.steps * stage.train.batch_size
             forwards = TRAINING_STEP * images

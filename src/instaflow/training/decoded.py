@@ -31,22 +31,29 @@ class DecodedDistance:
             self.vae.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def batch(self, draw: Draw, count: int) -> Batch:
-        """Where each sample is cut, {'corner': (B, 2)}; nothing when all is decoded."""
-        if not 0 < self.crop < self.side:
-            return {}
-        places = draw.own(draw.uniform(2 * count).reshape(count, 2))
-        return {"corner": (places * (self.side - self.crop + 1)).long()}
+        """Where each sample is cut; nothing when all is decoded."""
+        return corners(draw, count, self.side, self.crop)
 
     def __call__(self, out: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Scalar distance of latents out and target, (B, C, h, w)."""
-        if "corner" in batch:
-            out, target = self.cut(out, batch["corner"]), self.cut(target, batch["corner"])
+        out, target = cut(out, batch, self.crop), cut(target, batch, self.crop)
         with torch.no_grad():
             wanted = decode_latents(self.vae, target)
         distance: Tensor = self.distance(decode_latents(self.vae, out), wanted)
         return distance
 
-    def cut(self, z: Tensor, corner: Tensor) -> Tensor:
-        """The square of each sample that begins at its corner (row, column)."""
-        size = self.crop
-        return torch.stack([s[:, y : y + size, x : x + size] for s, (y, x) in zip(z, corner.tolist(), strict=True)])
+
+def corners(draw: Draw, count: int, side: int, crop: int) -> Batch:
+    """{'corner': (B, 2)}, row and column where squares of `crop` latents begin; nothing where all `side` are taken."""
+    if not 0 < crop < side:
+        return {}
+    places = draw.own(draw.uniform(2 * count).reshape(count, 2))
+    return {"corner": (places * (side - crop + 1)).long()}
+
+
+def cut(z: Tensor, batch: Batch, crop: int) -> Tensor:
+    """The square of each sample that begins at its corner, or all of it."""
+    if "corner" not in batch:
+        return z
+    places = batch["corner"].tolist()
+    return torch.stack([s[:, y : y + crop, x : x + crop] for s, (y, x) in zip(z, places, strict=True)])

@@ -33,6 +33,7 @@ from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
     Autoencoder,
+    Decoder,
     Distil,
     Evaluate,
     Pairs,
@@ -45,6 +46,7 @@ from instaflow.recipe import (
     load_recipe,
 )
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
+from instaflow.training.decoder import decoder_stage
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_pairs, draw_prompts, drop_prompts
 from instaflow.training.reflow import reflow_stage
@@ -262,6 +264,8 @@ class Run:
                     prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
                 prompts = drop_prompts(prompts, stage.empty_prompts, stage.seed)
                 draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
+            case Decoder():
+                self._decoder(stage, folder)
             case Reflow():
                 self._reflow(stage, folder)
             case Distil():
@@ -277,6 +281,22 @@ class Run:
             part = folder / "bundle.tmp"
             save_network(vae, part / "vae", half=True)
             publish(part, self.output(stage.name))
+
+    def _decoder(self, stage: Decoder, folder: Path) -> None:
+        bundle, pairs = self.bundle(stage.model), open_pairs(self.output(stage.pairs))
+        self._check_shape(stage, bundle)
+        network: Any = train(
+            decoder_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name
+        )
+        if self.processes.is_main_process:
+            part = folder / "bundle.tmp"
+            save_network(network.vae, part / "vae", half=True)
+            publish(part, self.output(stage.name))
+
+    def _check_shape(self, stage: Reflow | Distil | Decoder, bundle: Bundle) -> None:
+        shape = read_manifest(self.output(stage.pairs)).shape
+        if shape != bundle.latent_shape():
+            raise DataError(f"{stage.pairs} has latents {shape}, the model {bundle.latent_shape()}")
 
     def _teacher(self, stage: Teacher, folder: Path) -> None:
         size, pictures = self.recipe.data.size, self.in_styles(stage.styles)
@@ -348,9 +368,8 @@ class Run:
         return self.lineage(stage, parent=bundle_hash(self.output(stage.model)), pairs=manifest)
 
     def _train_on_pairs(self, stage: Reflow | Distil, bundle: Bundle, folder: Path) -> None:
-        pairs, shape = open_pairs(self.output(stage.pairs)), read_manifest(self.output(stage.pairs)).shape
-        if shape != bundle.latent_shape():
-            raise DataError(f"{stage.pairs} has latents {shape}, the model {bundle.latent_shape()}")
+        self._check_shape(stage, bundle)
+        pairs = open_pairs(self.output(stage.pairs))
         if stage.stack:
             if isinstance(bundle.unet, StackedUNet):
                 raise RecipeError(f"{stage.name}: {stage.model} is a stack of two already; leave stack out")
