@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from diffusers import AutoencoderTiny
 from PIL import Image
 from test_checkpoints import tiny_pipeline
 
@@ -71,6 +72,8 @@ def test_the_published_recipes(
     assert {c.prediction for c in cards.values()} == {"velocity"}  # the head that answered ε, as published
     assert "timm/vgg16.tv_in1k" in caplog.text and "in place of LPIPS" in caplog.text
     stacked = carry_out(shrunk("sd15-stacked.toml"), tmp_path)
+    decoder = carry_out(shrunk("decoder.toml"), tmp_path)
+    assert isinstance(Bundle.load(run.output("one-step"), decoder=decoder.output("tiny")).vae, AutoencoderTiny)
     one, two = (Bundle.load(r.output("one-step")) for r in (run, stacked))
     assert isinstance(two.unet, StackedUNet) and two.card.kind == "one-step"
     count = [sum(p.numel() for p in b.unet.parameters()) for b in (one, two)]

@@ -1,4 +1,4 @@
-"""A tiny decoder: learns the model's own, is read by both engines and by diffusers, and is refused where it does not fit."""
+"""A tiny decoder learns the model's own, both engines and diffusers read it, and where it does not fit it is refused."""
 
 from __future__ import annotations
 
@@ -86,12 +86,9 @@ def test_the_loss_is_the_mean_distance_of_pixels(run: Run, one_step_folder: Path
 def test_both_engines_draw_with_it(run: Run, one_step_folder: Path) -> None:
     tiny = run.output("tiny")
     plain = InstaFlow.load(one_step_folder, engine="torch").generate("a red apple", seed=3)
-    drawn = [
-        InstaFlow.load(one_step_folder, decoder=tiny, engine=engine, precision=precision).generate(
-            "a red apple", seed=3
-        )
-        for engine, precision in (("torch", None), ("openvino", "f32"))
-    ]
+    engines: list[dict] = [{"engine": "torch"}, {"engine": "openvino", "precision": "f32"}]
+    models = [InstaFlow.load(one_step_folder, decoder=tiny, **options) for options in engines]
+    drawn = [model.generate("a red apple", seed=3) for model in models]
     pixels = [np.asarray(d.image).astype(int) for d in (plain, *drawn)]
     assert np.abs(pixels[1] - pixels[2]).max() <= 1 and not np.array_equal(pixels[0], pixels[1])
 
