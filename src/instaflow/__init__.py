@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 __all__ = ["Drawing", "InstaFlow", "__version__"]
 
 
+def __dir__() -> list[str]:
+    """What there is, before it is loaded."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Load torch only when somebody draws."""
     if name in {"Drawing", "InstaFlow"}:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import secrets
 import sys
+from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from instaflow import __version__
 from instaflow.errors import DataError, InstaFlowError, PromptError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from instaflow.generate import Drawing, InstaFlow
     from instaflow.recipe import Evaluate, Recipe
     from instaflow.training.run import Run
+
+MOST = 100_000  # pictures of a prompt in one command
+SUFFIXES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # of pictures that we do not write
 
 app = App(
     name="instaflow",
@@ -30,6 +35,16 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
+
+def _whole(_type: type, tokens: Sequence[Token]) -> int:
+    """The library's own reading rounds 1.5."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise PromptError(f"{tokens[0].keyword}={tokens[0].value} is not allowed; use a whole number") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 Root = Annotated[Path, Parameter(help="Where run folders go.")]
 Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.")]
 
@@ -38,11 +53,11 @@ Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.
 def generate(
     *prompts: str,
     file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
-    number: Annotated[int, Parameter(name=["--number", "-n"])] = 1,
-    seed: int | None = None,
+    number: Annotated[int, Parameter(name=["--number", "-n"], converter=_whole)] = 1,
+    seed: Whole | None = None,
     style: str | None = None,
-    size: int | None = None,
-    steps: int | None = None,
+    size: Whole | None = None,
+    steps: Whole | None = None,
     guidance: float | None = None,
     negative: str = "",
     safety: bool = True,
@@ -109,8 +124,8 @@ def generate(
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
         raise PromptError("no prompt: say what to draw, for example instaflow generate 'a red apple'")
-    if number < 1:
-        raise PromptError(f"--number={number} is not allowed; use 1 or more")
+    if not 1 <= number <= MOST:
+        raise PromptError(f"--number={number} is not allowed; use 1 to {MOST}")
     first = secrets.randbelow(2**31) if seed is None else seed
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
@@ -126,6 +141,9 @@ def generate(
         negative=negative,
         lora_scale=lora_scale,
     )
+    own = flow.engine.card.image_size
+    if size not in (None, own):
+        print(f"note: {flow.engine.card.name} learnt at {own} pixels; at {size} it repeats itself", file=sys.stderr)
     from rich.progress import track
 
     done: list[Drawing] = []
@@ -187,20 +205,20 @@ def _read_prompts(file: Path) -> list[str]:
 def _paths(wanted: list[tuple[str, int]], out: Path | None, grid: bool) -> list[Path]:
     """Where each picture goes; names come from the prompts, with the seed where several would meet."""
     single = grid or len(wanted) == 1
-    if out is not None and out.suffix:
-        if out.suffix.lower() != ".png":
-            raise PromptError(f"--out {out}: pictures are written as .png")
+    if out is not None and out.suffix.lower() in SUFFIXES:
+        raise PromptError(f"--out {out}: pictures are written as .png")
+    if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
         if not single:
             raise PromptError(f"--out {out} is one file and there are {len(wanted)} pictures; give a folder or --grid")
         return [out]
     folder = out or Path()
     if single:
         return [folder / f"{_file_name(wanted[0][0])}.png"]
-    names: list[str] = []
+    names: dict[str, None] = {}
     for text, seed in wanted:
         plain = f"{_file_name(text)}-{seed}"
         free = (n for n in chain([plain], (f"{plain}-{i}" for i in count(2))) if n not in names)
-        names.append(next(free))  # 'cat' and 'Cat!' would meet
+        names[next(free)] = None  # 'cat' and 'Cat!' would meet
     return [folder / f"{name}.png" for name in names]
 
 
@@ -249,14 +267,20 @@ def bench(
         A .json file for the figures.
     """
     if runs < 1 or cold_runs < 0:
-        raise DataError(f"--runs={runs} --cold-runs={cold_runs} is not allowed; use 1 or more, and 0 or more")
+        raise (
+            DataError(f"--runs={runs} is not allowed; use 1 or more")
+            if runs < 1
+            else DataError(f"--cold-runs={cold_runs} is not allowed; use 0 or more")
+        )
+    if out is not None and out.suffix != ".json":
+        raise DataError(f"--out {out}: figures are written as .json")
     _hush()
     from instaflow.models.card import DEFAULT
     from instaflow.models.hub import locate
     from instaflow.runtime import bench as measuring
     from instaflow.runtime.loading import load_engine
 
-    source = locate(model or DEFAULT)
+    source = locate(DEFAULT if model is None else model)
     chosen: dict[str, Any] = {"device": device, "engine": engine, "precision": precision}
     loaded = load_engine(source, safety=False, **chosen)
     if loaded.card.kind != "one-step":
@@ -268,6 +292,7 @@ def bench(
     if out is not None:
         import json
 
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2) + "\n")
         print(out)
 
@@ -327,7 +352,7 @@ def export(model: str | None = None, *, out: Annotated[Path, Parameter(name=["--
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--out {out} is there already; name a folder that is not")
-    print(loading.export(locate(model or DEFAULT), out))
+    print(loading.export(locate(DEFAULT if model is None else model), out))
 
 
 @app.command
@@ -617,8 +642,14 @@ def inspect(model: Path | None = None) -> None:
     print_json(msgspec.json.encode(read_card(model or DEFAULT)).decode())
 
 
+DRAWING = {"torch", "diffusers", "transformers", "safetensors", "onnx_ir", "onnxscript"}
+
+
 def main() -> None:
     """Run the command line: 0 good, 2 the user's mistake in one line, 1 ours, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except InstaFlowError as error:
@@ -628,11 +659,16 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("instaflow"):
             raise
-        _fail(f"this needs the package {error.name}: pip install 'instaflow[train,eval]'")
+        extra = "torch" if (error.name or "").split(".")[0] in DRAWING else "train,eval"
+        _fail(f"this needs the package {error.name}: pip install 'instaflow[{extra}]'")
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
-        print("instaflow: interrupted; run the same line again to go on", file=sys.stderr)
+        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "pairs", "evaluate")
+        print("instaflow: interrupted" + "; run the same line again to go on" * bool(goes_on), file=sys.stderr)
         sys.exit(130)
 
 

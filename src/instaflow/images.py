@@ -37,8 +37,12 @@ def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None)
         info.add_text(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    image.save(part, format="PNG", pnginfo=info)
-    part.replace(path)
+    try:
+        image.save(part, format="PNG", pnginfo=info)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def save_grid(pixels: np.ndarray, path: Path, columns: int = 8) -> None:

@@ -20,7 +20,7 @@ from instaflow.flow import guided
 from instaflow.generate import LARGEST_SEED, InstaFlow
 from instaflow.models import bundle as bundle_module
 from instaflow.models.bundle import PARTS, Bundle
-from instaflow.models.card import CARD, bundle_hash, read_card
+from instaflow.models.card import CARD, bundle_hash, read_card, write_card
 from instaflow.models.networks import decode_latents, encode_pictures
 from instaflow.models.sampling import noise, sample
 from instaflow.runtime.pytorch import TorchEngine
@@ -393,3 +393,24 @@ def test_latents_are_scaled_both_ways(own: Callable[..., Bundle]) -> None:
         torch.testing.assert_close(encode_pictures(vae, pictures), 2 * plain)
         torch.testing.assert_close(decode_latents(vae, torch.full((1, 4, 4, 4), 2.0)), decoded)
     assert plain.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_flipped_bit_in_the_weights_is_found(one_step: Bundle, tmp_path: Path, part: str) -> None:
+    folder = one_step.save(tmp_path / "bundle")
+    [file] = (folder / part).glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=r"are not those that its instaflow\.json names"):
+        Bundle.load(folder)
+    card = read_card(folder)
+    write_card(folder, msgspec.structs.replace(card, weights=""))  # whoever changed them says so
+    assert Bundle.load(folder).card == one_step.card
+
+
+@pytest.mark.parametrize("prompt", ["🍎", "🐸 🐸", "caf\udce9"])
+def test_a_prompt_without_one_known_sign_is_refused(tiny: Bundle, prompt: str) -> None:
+    with pytest.raises(PromptError, match=r"knows no sign of|no text in UTF-8"):
+        tiny.check_prompt(prompt)
+    tiny.check_prompt("a red apple 🍎")

@@ -1,4 +1,4 @@
-"""A tiny decoder learns the model's own, both engines and diffusers read it, and where it does not fit it is refused."""
+"""A tiny decoder learns the model's own, both engines and diffusers read it, and one that does not fit is refused."""
 
 from __future__ import annotations
 

@@ -314,6 +314,8 @@ def make_emoji(folder: Path, *, size: int = 64, styles: Sequence[str] = (), cach
             raise DataError(f"unknown style {style!r}; allowed: {', '.join(STYLES)}")
     missing = [style for style in wanted if not (folder / f"{style}.parquet").exists()]
     if missing:
+        import resvg_py  # noqa: F401 — before anything is fetched
+
         concepts = read_concepts(cache)
         by_slug = name_index(concepts, cache)
         for style in missing:

@@ -127,7 +127,7 @@ def evaluate(
         report["models"][entrant.label] = entry
         if write_cards and entrant.steps == bundle.card.steps:  # as it is used
             results = {"protocol": f"{field.protocol.name}, version {field.protocol.version}", **entry}
-            write_card(entrant.folder, msgspec.structs.replace(bundle.card, results=results))
+            write_card(entrant.folder, msgspec.structs.replace(read_card(entrant.folder), results=results))
     report["differences"] = differences(features, splits, rulers)
     report["curves"], report["curve_count"] = measure_curves(points, curve_task, rulers[0], drawn, load), curve_count
     write(report, rows, [p for s in splits for p in s.prompts[:each]], folder)

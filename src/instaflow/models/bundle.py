@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, BertModel, CLIPTextModel, PreTrainedToke
 from instaflow.errors import BundleError
 from instaflow.flow import Velocity, guided
 from instaflow.images import to_uint8
-from instaflow.models.card import Card, read_card, write_card
+from instaflow.models.card import Card, bundle_hash, check_weights, read_card, write_card
 from instaflow.models.hub import find_decoder, locate
 from instaflow.models.networks import build_scheduler, decode_latents
 from instaflow.models.request import check_prompt, check_request
@@ -117,11 +117,14 @@ class Bundle:
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for an empty prompt or one longer than the encoder reads."""
 
-        def offsets(text: str) -> list[tuple[int, int]]:
-            found: list[tuple[int, int]] = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-            return found
+        def tokens(text: str) -> list[tuple[int, int, bool]]:
+            found = self.tokenizer(text, return_offsets_mapping=True)
+            strange = self.tokenizer.unk_token_id if self.masked else None  # CLIP knows every byte
+            return [
+                (*place, i != strange) for place, i in zip(found["offset_mapping"], found["input_ids"], strict=True)
+            ]
 
-        check_prompt(prompt, offsets, self.prompt_tokens)
+        check_prompt(prompt, tokens, self.prompt_tokens)
 
     def check_request(self, *, steps: int, guidance: float, size: int, negative: str = "") -> None:
         """Raise PromptError for steps, guidance, a negative prompt or a size that this kind of model cannot do."""
@@ -174,15 +177,17 @@ class Bundle:
             # what another kind of scheduler leaves unsaid is said here: the defaults of the solvers differ
             config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             scheduler = DDIMScheduler.from_config({"clip_sample": False, "timestep_spacing": "linspace", **config})
-        return cls(
+        bundle = cls(
             unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet), device),
             vae=load_autoencoder(folder, device),
             text_encoder=_ready(_load_text_encoder(folder / "text_encoder"), device),
             tokenizer=tokenizer,
             scheduler=scheduler,
-            card=card,
+            card=msgspec.structs.replace(card, weights=""),  # of the file, not of what becomes of them
             safety=SafetyChecker.load(folder, device) if safety and (folder / "safety_checker").is_dir() else None,
         )
+        check_weights(folder, card)
+        return bundle
 
     @classmethod
     def _load_file(cls, path: Path, device: str | torch.device) -> Bundle:
@@ -234,7 +239,7 @@ class Bundle:
             "requires_safety_checker": False,
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_card(folder, self.card)
+        write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
 
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""

@@ -34,6 +34,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     styles: tuple[str, ...] = ()
     """Words that choose a drawing style when they end a prompt."""
     licence: str = "Apache-2.0"
+    weights: str = ""
+    """sha256 over the bundle's weights, checked when it is loaded; '' checks nothing."""
     lineage: dict[str, Any] = {}
     results: dict[str, Any] = {}
 
@@ -71,6 +73,19 @@ def bundle_hash(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+CHECKED_BYTES = 1 << 30  # larger ones take seconds to read through
+
+
+def check_weights(folder: Path, card: Card) -> None:
+    """Raise BundleError when the weights are not those that the card names; gigabytes are taken on trust."""
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    if card.weights and size <= CHECKED_BYTES and bundle_hash(folder) != card.weights:
+        raise BundleError(
+            f"the weights in {folder} are not those that its {CARD} names: they are damaged or were changed; "
+            f"if you changed them, take the line 'weights' out"
+        )
 
 
 # -- folders that are not ours ---------------------------------------------------------------------

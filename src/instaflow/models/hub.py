@@ -39,7 +39,7 @@ def locate(source: str | Path) -> Path:
             raise BundleError(f"{source} is no model; allowed: a folder, a .safetensors file or a hub id")
         return path
     if not HUB_ID.fullmatch(str(source)):
-        raise BundleError(f"no such bundle folder: {source}")
+        raise BundleError(f"no such bundle folder: {str(source) or repr('')}")
     return download(str(source))
 
 

@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from instaflow.errors import PromptError
 from instaflow.models.card import Card
 
-Offsets = Callable[[str], Sequence[tuple[int, int]]]
-"""Where each token of a text begins and ends in it, start and end tokens included."""
+Tokens = Callable[[str], Sequence[tuple[int, int, bool]]]
+"""Where each token of a text begins and ends in it, start and end tokens included, and whether its encoder knows it."""
 
 
-def check_prompt(prompt: str, offsets: Offsets, limit: int) -> None:
-    """Raise PromptError for an empty prompt or one of more than `limit` tokens."""
+def check_prompt(prompt: str, tokens: Tokens, limit: int) -> None:
+    """Raise PromptError for an empty prompt, one of more than `limit` tokens, or one with no word that is known."""
     if not isinstance(prompt, str):
         raise PromptError(f"a prompt is a str, got {prompt!r}")
+    if not prompt.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in prompt):
+        raise PromptError(f"the prompt {prompt!r} is no text in UTF-8")
     if not prompt.strip():
         raise PromptError("the prompt is empty; say what to draw, for example 'a red apple'")
-    found = offsets(prompt)
+    found = tokens(prompt)
     if len(found) > limit:
         end = found[limit - 2][1]
         read = " ".join(prompt[max(0, end - 30) : end].split())
@@ -25,6 +27,8 @@ def check_prompt(prompt: str, offsets: Offsets, limit: int) -> None:
             f"the prompt has {len(found)} tokens and this model reads {limit}: "
             f"it would stop after '…{read}'; shorten it"
         )
+    if not any(known for begin, end, known in found if end > begin):
+        raise PromptError(f"the model's text encoder knows no sign of {prompt[:40]!r}; say it in words, in English")
 
 
 def check_request(card: Card, unit: int, *, steps: int, guidance: float, size: int, negative: str = "") -> None:

@@ -22,7 +22,7 @@ from instaflow.errors import BundleError
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import exported, load_engine
-from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine, has_graphs
+from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine, has_graphs, load_openvino
 
 PEERS = ("torch", "onnxruntime", "diffusers")
 PROMPT = "a red apple"
@@ -53,6 +53,8 @@ def bench(
     Raises:
         BundleError: an unknown peer, or one that is not installed or cannot run this model.
     """
+    if strange := [name for name in against if name not in PEERS]:
+        raise BundleError(f"unknown peer {strange[0]!r}; allowed: {', '.join(PEERS)}")
     size = engine.card.image_size
     shape = engine.latent_shape(size)
     states = engine.encode([PROMPT])
@@ -226,7 +228,7 @@ def _diffusers(source: Path) -> Draw:
 
 def machine_peak(precision: str, side: int = 3072) -> float:
     """Operations a second that OpenVINO reaches here in one large matrix product, the best of several."""
-    import openvino
+    openvino = load_openvino()
     from openvino import opset13 as ops
 
     left = ops.parameter([side, side], np.float32)

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Raise PromptError for a prompt that it cannot read."""
         ...
 
+    def prepare(self, count: int, size: int) -> None:
+        """Make ready for so many pictures of this size: what takes time and is no picture's own."""
+        ...
+
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(C, H/f, W/f) of one picture of `size` pixels."""
         ...

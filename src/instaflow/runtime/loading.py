@@ -19,6 +19,7 @@ from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
 
 log = logging.getLogger("instaflow")
 ENGINES = ("openvino", "torch")
+PRECISIONS = ("bf16", "f32", "float32", "bfloat16", "float16")
 
 
 def load_engine(
@@ -38,7 +39,12 @@ def load_engine(
     """
     if engine not in (None, *ENGINES):
         raise BundleError(f"unknown engine {engine!r}; allowed: {', '.join(ENGINES)}")
-    source = locate(model or DEFAULT)
+    if precision not in (None, *PRECISIONS):
+        raise BundleError(
+            f"precision {precision!r} is not to be had; allowed: of openvino bf16, f32, "
+            "of torch float32, bfloat16, float16"
+        )
+    source = locate(DEFAULT if model is None else model)
     why_not = _why_not_openvino(source, lora, device, safety)
     if engine == "openvino" and why_not:
         raise BundleError(f"the engine openvino {why_not}; use torch")

@@ -7,6 +7,7 @@ as long as the graph has the same constants for one row as for several; `graphs.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from instaflow.errors import BundleError
-from instaflow.models.card import read_card
+from instaflow.models.card import check_weights, read_card
 from instaflow.models.request import check_prompt, check_request
 
 GRAPH = "model.onnx"
 PARTS = ("text_encoder", "unet", "vae")
+FILES = ("unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
 SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
 BATCHES = (1, 16)  # rows that graphs of small models are compiled for
 
@@ -28,6 +30,21 @@ BATCHES = (1, 16)  # rows that graphs of small models are compiled for
 def has_graphs(folder: Path) -> bool:
     """Whether a bundle folder carries its graphs."""
     return all((folder / part / GRAPH).is_file() for part in PARTS)
+
+
+def load_openvino() -> Any:
+    """The package, without the usage statistics that it would send home when it is imported.
+
+    Raises:
+        BundleError: it is missing or does not fit this machine.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it has a stub for that
+    try:
+        import openvino
+    except (ImportError, OSError) as error:
+        raise BundleError(f"the CPU engine cannot be loaded: {error}; pip install openvino") from error
+    return openvino
 
 
 class OpenVINOEngine:
@@ -43,10 +60,7 @@ class OpenVINOEngine:
         Raises:
             BundleError: the package or a graph is missing, or they do not go together.
         """
-        try:
-            import openvino
-        except (ImportError, OSError) as error:
-            raise BundleError(f"the CPU engine cannot be loaded: {error}; pip install openvino") from error
+        openvino = load_openvino()
         self.folder, self.card = folder, read_card(folder)
         self._read_configs()
         self._core = openvino.Core()
@@ -66,10 +80,16 @@ class OpenVINOEngine:
         self.batches = BATCHES if self.card.image_size <= SMALL else (1,)
         self.batch = self.batches[-1]
         self._graphs: dict[tuple[str, int, int], Any] = {}
-        with ThreadPoolExecutor(len(PARTS)) as pool:
-            list(pool.map(lambda part: self._graph(part, self.batches[0], self.card.image_size), PARTS))
+        with ThreadPoolExecutor(len(PARTS) + 1) as pool:
+            sound = pool.submit(check_weights, folder, self.card)
+            graphs = [pool.submit(self._graph, part, self.batches[0], self.card.image_size) for part in PARTS]
+        for result in (sound, *graphs):
+            result.result()
 
     def _read_configs(self) -> None:
+        missing = [file for file in FILES if not (self.folder / file).is_file()]
+        if missing:
+            raise BundleError(f"{self.folder} has no {missing[0]}: it is not a whole bundle")
         try:
             unet = json.loads((self.folder / "unet" / "config.json").read_text())
             words = json.loads((self.folder / "tokenizer" / "tokenizer_config.json").read_text())
@@ -86,6 +106,12 @@ class OpenVINOEngine:
         self._tokenizer.no_truncation()
         self._tokenizer.enable_padding(length=self._tokens, pad_id=pad_id, pad_token=pad)
 
+    def prepare(self, count: int, size: int) -> None:
+        """Compile what so many pictures of this size will need."""
+        for batch in {b for b in self.batches if b <= count} | {self.batches[0]}:
+            for part in PARTS:
+                self._graph(part, batch, size)
+
     # -- checks ---------------------------------------------------------------------------------
 
     def check(self, *, steps: int, guidance: float, size: int, negative: str) -> None:
@@ -95,11 +121,12 @@ class OpenVINOEngine:
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for a prompt that it cannot read."""
 
-        def offsets(text: str) -> list[tuple[int, int]]:
+        def tokens(text: str) -> list[tuple[int, int, bool]]:
             found = self._tokenizer.encode(text)
-            return [place for place, real in zip(found.offsets, found.attention_mask, strict=True) if real]
+            rows = zip(found.offsets, found.tokens, found.attention_mask, strict=True)
+            return [(*place, token != "[UNK]") for place, token, real in rows if real]
 
-        check_prompt(prompt, offsets, self._tokens)
+        check_prompt(prompt, tokens, self._tokens)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(C, H/f, W/f) of one picture of `size` pixels."""
@@ -153,7 +180,7 @@ class OpenVINOEngine:
             try:
                 compiled = self._core.compile_model(self.read(part, batch, size), "CPU", self._options)
             except RuntimeError as error:
-                reason = (str(error).splitlines() or ["no word"])[-1]
+                reason = ([line for line in str(error).splitlines() if line.strip()] or ["no word"])[-1]
                 raise BundleError(f"cannot compile {self.folder / part / GRAPH}: {reason[:200]}") from error
             self._graphs[key] = compiled.create_infer_request()
         return self._graphs[key]

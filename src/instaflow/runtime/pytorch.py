@@ -61,6 +61,9 @@ class TorchEngine:
         """Raise PromptError for a prompt that it cannot read."""
         self.bundle.check_prompt(prompt)
 
+    def prepare(self, count: int, size: int) -> None:
+        """Nothing."""
+
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(C, H/f, W/f) of one picture of `size` pixels."""
         return self.bundle.latent_shape(size)
