@@ -81,11 +81,11 @@ def growth(folder: Path) -> None:
     by_size = {size: timed(engine, 1, size) for size in SIZES}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(by_batch, by_batch.values(), "o-")
+    left.plot(list(by_batch), list(by_batch.values()), "o-")
     left.set(xlabel="pictures drawn together", ylabel="ms", xscale="log", yscale="log", title="64 pixels")
     left.plot(BATCHES, [by_batch[1] * n for n in BATCHES], ":", color="0.5", label="one after another")
     left.legend(frameon=False)
-    right.plot(by_size, by_size.values(), "o-")
+    right.plot(list(by_size), list(by_size.values()), "o-")
     right.set(xlabel="side in pixels", ylabel="ms", title="one picture", xscale="log", yscale="log")
     right.plot(SIZES, [by_size[64] * (s / 64) ** 2 for s in SIZES], ":", color="0.5", label="as the number of pixels")
     right.legend(frameon=False)
