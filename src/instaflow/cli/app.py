@@ -1,0 +1,43 @@
+"""What the verbs share: the app, its kinds of parameters, and quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter, Token
+
+from instaflow import __version__
+from instaflow.errors import PromptError
+
+app = App(
+    name="instaflow",
+    version=__version__,
+    help="Text to image in one network evaluation, and the whole way to make such a model.",
+    help_format="markdown",
+    help_epilogue="Start with: instaflow generate 'a red apple'",
+    suppress_keyboard_interrupt=False,
+)
+
+
+def whole(_type: type, tokens: Sequence[Token]) -> int:
+    """The library's own reading rounds 1.5."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise PromptError(f"{tokens[0].keyword}={tokens[0].value} is not allowed; use a whole number") from None
+
+
+Whole = Annotated[int, Parameter(converter=whole)]
+Root = Annotated[Path, Parameter(help="Where run folders go.")]
+Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.")]
+
+
+def hush() -> None:
+    """Before they are imported, tell the libraries to keep their own bars and notes to themselves."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
