@@ -160,6 +160,7 @@ def test_many_steps_have_no_graph(tiny: Bundle, tmp_path: Path) -> None:
         ({"engine": "tpu"}, "unknown engine 'tpu'; allowed: openvino, torch"),
         ({"engine": "openvino", "precision": "int3"}, "precision 'int3' is not to be had; allowed: "),
         ({"engine": "torch", "precision": "bf16"}, "precision 'bf16' is not to be had; allowed: float32"),
+        ({"engine": "torch", "device": "abacus"}, "torch has no device 'abacus' here; it has: cpu"),
         ({"engine": "openvino", "device": "cuda"}, "draws on the CPU, not on 'cuda'"),
         ({"engine": "openvino", "lora": "a.safetensors"}, "takes no LoRA"),
     ],

@@ -158,6 +158,7 @@ class Bundle:
             own = cls.load(source, device=device, safety=safety)
             return replace(own, vae=load_decoder(decoder, own))
         folder = locate(source)
+        check_device(device)
         if folder.is_file():
             return cls._load_file(folder, device)
         card = read_card(folder)
@@ -244,6 +245,15 @@ class Bundle:
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""
         return replace(self, card=msgspec.structs.replace(self.card, **changes))
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise BundleError for a device that torch does not know or cannot use here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a torch built without it
+        there = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]  # type: ignore[union-attr]
+        raise BundleError(f"torch has no device {str(device)!r} here; it has: {', '.join(there)}") from error
 
 
 @contextmanager
