@@ -35,7 +35,7 @@ def test_recipes_of_the_repository_load_and_survive_a_dump(path: Path, tmp_path:
         (
             'kind = "reflow"',
             'kind = "rewind"',
-            "stages[2-rectified].kind: 'rewind' is no kind of stage; allowed: autoencoder, teacher, pairs, reflow,",
+            "stages[2-rectified].kind: 'rewind' is no kind of stage; allowed: autoencoder, decoder, teacher, pairs,",
         ),
         (
             'loss = "perceptual"',
