@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from instaflow.data.prompts import read_prompts
-from instaflow.evaluate.distances import bootstrap, bootstrap_difference, diversity, fit_projection, frechet
+from instaflow.evaluate.distances import diversity, fit_projection, frechet, interval, replicates
 from instaflow.evaluate.drawing import Entrant, Task, draw_once
 from instaflow.evaluate.features import Lite0
 from instaflow.evaluate.plots import bars, grid
@@ -47,20 +47,20 @@ def main(recipe: str = "recipes/open-prompts.toml", pictures: str = "1024") -> N
     every = extract(np.stack([p.pixels(64) for p in run.training_pictures if p.style == "noto"]), progress=True)
     project = fit_projection(every, 64)
     reference = project(extract(draw_once(Bundle.load(teacher), entrants[0], other, folder / "drawn")))
-    rows, seen, found = {}, {}, {}
+    rows, spread, found = {}, {}, {}
     kinds = np.unique(prompts, return_inverse=True)[1]
     for entrant in entrants:
         pictures = draw_once(Bundle.load(entrant.folder), entrant, task, folder / "drawn")
         features = extract(pictures)
-        seen[entrant.label], rows[entrant.label] = project(features), pictures[:10]
-        distance = bootstrap(frechet, seen[entrant.label], reference)
+        rows[entrant.label] = pictures[:10]
+        spread[entrant.label] = replicates(frechet, project(features), reference)
         found[entrant.label] = {
-            "fd": [round(v, 2) for v in distance],
+            "fd": [round(v, 2) for v in interval(spread[entrant.label])],
             "diversity": round(diversity(features, kinds), 2),
         }
         print(entrant.label, found[entrant.label], flush=True)
     for of in students[1:]:
-        gap = bootstrap_difference(frechet, seen[of], seen[students[0]], reference)
+        gap = interval(spread[of] - spread[students[0]])
         found[f"{of} less {students[0]}"] = {"fd": [round(v, 2) for v in gap]}
         print(of, "less", students[0], found[f"{of} less {students[0]}"])
     (folder / "open-prompts.json").write_text(json.dumps(found, indent=1) + "\n")

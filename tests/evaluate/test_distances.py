@@ -8,12 +8,13 @@ import pytest
 from instaflow.errors import DataError
 from instaflow.evaluate.distances import (
     bootstrap,
-    bootstrap_difference,
     diversity,
     fit_projection,
     frechet,
+    interval,
     kid_interval,
     precision_recall,
+    replicates,
 )
 
 
@@ -112,8 +113,8 @@ def test_bootstrap_interval_holds_the_value_and_narrows_with_more_pictures(dista
     rng = np.random.default_rng(9)
     a, b = rng.normal(size=(400, 4)), rng.normal(size=(400, 4)) + 0.3
     few, many = bootstrap(distance, a[:40], b[:40]), bootstrap(distance, a, b)
-    for interval in (few, many):
-        assert interval.low <= interval.value <= interval.high
+    for found in (few, many):
+        assert found.low <= found.value <= found.high
     assert many.value == distance(a, b)
     assert many.high - many.low < (few.high - few.low) / 2
     assert bootstrap(distance, a[:40], b[:40]) == few != bootstrap(distance, a[:40], b[:40], seed=1)
@@ -122,8 +123,8 @@ def test_bootstrap_interval_holds_the_value_and_narrows_with_more_pictures(dista
 def test_bootstrap_interval_of_a_mean_is_the_textbook_one() -> None:
     rng = np.random.default_rng(10)
     a, b = rng.normal(size=(400, 1)), rng.normal(size=(400, 1))
-    interval = bootstrap(lambda x, y: float(x.mean() - y.mean()), a, b, n=1000)
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(a.var() / 400 + b.var() / 400), rel=0.1)
+    found = bootstrap(lambda x, y: float(x.mean() - y.mean()), a, b, n=1000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(a.var() / 400 + b.var() / 400), rel=0.1)
 
 
 def test_projection_finds_the_plane_the_features_lie_in() -> None:
@@ -178,11 +179,11 @@ def test_the_interval_of_kid_holds_the_truth() -> None:
 def test_a_difference_has_a_narrower_interval_than_its_parts() -> None:
     real = cloud(50, 4, seed=0)
     a, b = cloud(800, 4, seed=1) + 0.8, cloud(800, 4, seed=2) + 0.7
-    found = bootstrap_difference(frechet, a, b, real)
+    found = interval(replicates(frechet, a, real) - replicates(frechet, b, real))
     assert found.value == pytest.approx(frechet(a, real) - frechet(b, real))
     own = bootstrap(frechet, a, real)
     assert found.low > 0 and found.high - found.low < own.high - own.low
-    same = bootstrap_difference(frechet, a, cloud(800, 4, seed=3) + 0.8, real)
+    same = interval(replicates(frechet, a, real) - replicates(frechet, cloud(800, 4, seed=3) + 0.8, real))
     assert same.low < 0 < same.high
 
 

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from instaflow.errors import DataError
 from instaflow.evaluate.clip import ClipScore
-from instaflow.evaluate.distances import bootstrap, bootstrap_difference, frechet, kid_interval, precision_recall
+from instaflow.evaluate.distances import bootstrap, frechet, kid_interval, precision_recall, replicates
 from instaflow.evaluate.drawing import Task
 from instaflow.evaluate.features import Inception
 from instaflow.evaluate.field import Field, Point, Protocol
@@ -150,10 +150,9 @@ class CocoRuler:
         found = bootstrap(frechet, self.features(pictures), self.real, n=RESAMPLES)
         return round(found.value, 3), round(found.low, 3), round(found.high, 3)
 
-    def difference(self, a: np.ndarray, b: np.ndarray) -> Point:
-        """FID of a less that of b."""
-        found = bootstrap_difference(frechet, a, b, self.real, n=RESAMPLES)
-        return round(found.value, 3), round(found.low, 3), round(found.high, 3)
+    def replicates(self, features: np.ndarray) -> np.ndarray:
+        """FID of features, and its bootstrap replicates, paired with another model's."""
+        return replicates(frechet, features, self.real, n=RESAMPLES)
 
     def floor(self) -> float:
         """FID of one half of the real pictures to the other; at half the count, so higher than a perfect model's."""

@@ -67,43 +67,36 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(max(0.0, ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
 
 
-def bootstrap(
-    fn: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray, *, n: int = 200, seed: int = 0
-) -> Interval:
-    """fn(a, b) and its 95 % interval, resampling the rows of both sets (Efron 1979).
+def replicates(
+    fn: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, real: np.ndarray, *, n: int = 200, seed: int = 0
+) -> np.ndarray:
+    """(1 + n,): fn(a, real), then the same with the rows of both sets resampled (Efron 1979).
+
+    Replicate i of two models meets the same resample of `real`, and of the prompts when both drew for the same ones:
+    such replicates are paired, and may be subtracted.
+    """
+    ours, theirs = (np.random.default_rng([seed, i]) for i in range(2))
+    draws = [
+        fn(a[ours.integers(len(a), size=len(a))], real[theirs.integers(len(real), size=len(real))]) for _ in range(n)
+    ]
+    return np.array([fn(a, real), *draws])
+
+
+def interval(values: np.ndarray) -> Interval:
+    """The first of `replicates`, and the 95 % interval of the others.
 
     A resample repeats rows, which lifts a Fréchet distance or a KID. The replicates are therefore shifted so that
     their median is the measured value: the interval shows the spread of sampling, not the bias of the estimator.
     """
-    rng = np.random.default_rng(seed)
-    value = fn(a, b)
-    draws = [fn(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(n)]
-    low, middle, high = np.percentile(draws, [2.5, 50, 97.5])
-    return Interval(value, float(value + low - middle), float(value + high - middle))
+    value, (low, middle, high) = values[0], np.percentile(values[1:], [2.5, 50, 97.5])
+    return Interval(float(value), float(value + low - middle), float(value + high - middle))
 
 
-def bootstrap_difference(
-    fn: Callable[[np.ndarray, np.ndarray], float],
-    a: np.ndarray,
-    b: np.ndarray,
-    real: np.ndarray,
-    *,
-    n: int = 200,
-    seed: int = 0,
+def bootstrap(
+    fn: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, real: np.ndarray, *, n: int = 200, seed: int = 0
 ) -> Interval:
-    """fn(a, real) − fn(b, real) and its 95 % interval, both against the same resample of `real`.
-
-    Resampled together the two distances move together, so the interval of their difference is narrower than
-    either's own. One that holds 0 is no difference.
-    """
-    rng = np.random.default_rng(seed)
-    value, draws = fn(a, real) - fn(b, real), []
-    for _ in range(n):
-        some = real[rng.integers(len(real), size=len(real))]
-        one, other = (fn(x[rng.integers(len(x), size=len(x))], some) for x in (a, b))
-        draws.append(one - other)
-    low, middle, high = np.percentile(draws, [2.5, 50, 97.5])
-    return Interval(value, float(value + low - middle), float(value + high - middle))
+    """fn(a, real) with its 95 % bootstrap interval."""
+    return interval(replicates(fn, a, real, n=n, seed=seed))
 
 
 def kid_interval(a: np.ndarray, b: np.ndarray, *, n: int = 200, seed: int = 0) -> Interval:

@@ -48,8 +48,8 @@ class Ruler(Interface):
         """The protocol's distance alone: a point of a curve."""
         ...
 
-    def difference(self, a: np.ndarray, b: np.ndarray) -> Point:
-        """Distance of features a less that of b."""
+    def replicates(self, features: np.ndarray) -> np.ndarray:
+        """(1 + n,): the distance of features, then its bootstrap replicates, paired with another model's."""
         ...
 
     def floor(self) -> float:

@@ -17,12 +17,12 @@ from instaflow.data.pictures import Picture, content_hash
 from instaflow.errors import DataError
 from instaflow.evaluate.distances import (
     bootstrap,
-    bootstrap_difference,
     diversity,
     fit_projection,
     frechet,
     kid_interval,
     precision_recall,
+    replicates,
 )
 from instaflow.evaluate.drawing import BATCH, Task
 from instaflow.evaluate.features import Lite0
@@ -156,10 +156,9 @@ class Ruler:
         found = bootstrap(frechet, self.project(self.features(pictures)), self.project(self.real), n=100)
         return round(found.value, 2), round(found.low, 2), round(found.high, 2)
 
-    def difference(self, a: np.ndarray, b: np.ndarray) -> Point:
-        """Fréchet distance of features a less that of b, with its interval; both sides meet the same real pictures."""
-        found = bootstrap_difference(frechet, *(self.project(x) for x in (a, b, self.real)))
-        return round(found.value, 2), round(found.low, 2), round(found.high, 2)
+    def replicates(self, features: np.ndarray) -> np.ndarray:
+        """Fréchet distance of features, and its bootstrap replicates, paired with another model's."""
+        return replicates(frechet, self.project(features), self.project(self.real))
 
     def floor(self) -> float:
         """Distance between two halves of the real pictures: what a perfect model of as few pictures would have."""

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from instaflow.errors import PromptError
+from instaflow.evaluate.distances import interval
 from instaflow.evaluate.drawing import Entrant, Task, draw_once
 from instaflow.evaluate.field import Field, Ruler
 from instaflow.evaluate.heldout import STYLES
@@ -138,11 +139,14 @@ def differences(
     features: dict[str, list[np.ndarray]], splits: Sequence[Task], rulers: Sequence[Ruler]
 ) -> list[dict[str, Any]]:
     """Every later model against every earlier one."""
-    labels, pairs = list(features), []
+    labels = list(features)
+    spread = {k: [r.replicates(f) for r, f in zip(rulers, features[k], strict=True)] for k in labels}
+    pairs = []
     for i, of in enumerate(labels):
         for against in labels[:i]:
-            both = zip(splits, rulers, features[of], features[against], strict=True)
-            pairs.append({"of": of, "against": against, **{s.name: r.difference(a, b) for s, r, a, b in both}})
+            gaps = [interval(a - b) for a, b in zip(spread[of], spread[against], strict=True)]
+            found = {s.name: tuple(round(v, 2) for v in gap) for s, gap in zip(splits, gaps, strict=True)}
+            pairs.append({"of": of, "against": against, **found})
     return pairs
 
 
