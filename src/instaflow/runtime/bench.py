@@ -1,11 +1,13 @@
 """How fast a model draws here: warm, cold, part by part, beside other ways of running it, turn by turn.
 
-Peers draw the same picture from the same noise: `torch` (eager, fp32), `onnxruntime` (the same graphs, fp32) and
-`diffusers` (a Stable Diffusion folder through its pipeline's own parts, eager, fp32).
+Peers draw the same picture from the same noise: `torch` (eager, fp32), `onnxruntime` (the same graphs, fp32),
+`diffusers` (a Stable Diffusion folder through its pipeline's own parts, eager, fp32), and one of the same size from its
+own noise: `openvino-genai` (such a folder converted for its Text2ImagePipeline, one Euler step, its own precision).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -24,7 +26,7 @@ from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import exported, load_engine
 from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine, has_graphs, load_openvino
 
-PEERS = ("torch", "onnxruntime", "diffusers")
+PEERS = ("torch", "onnxruntime", "diffusers", "openvino-genai")
 PROMPT = "a red apple"
 WARM, TURN = 2, 10  # calls not counted, and counted, of one before the next has its turn
 PAUSE = 0.05  # seconds between turns: the threads of the one before go on spinning for a while
@@ -176,6 +178,8 @@ def peer(name: str, source: Path) -> Draw:
                 return _onnxruntime(source)
             case "diffusers":
                 return _diffusers(source)
+            case "openvino-genai":
+                return _genai(source)
     except ImportError as error:
         raise BundleError(f"the peer {name} is not installed: pip install {error.name}") from error
     raise BundleError(f"unknown peer {name!r}; allowed: {', '.join(PEERS)}")
@@ -200,18 +204,21 @@ def _onnxruntime(source: Path) -> Draw:
     return draw
 
 
-def _diffusers(source: Path) -> Draw:
+def _pipeline(source: Path) -> Any:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    if not (source / "tokenizer" / "vocab.json").exists() and not (source / "model_index.json").exists():
-        raise BundleError(f"diffusers cannot run {source}")
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, dtype=torch.float32)
-        side = pipe.unet.config.sample_size
-        channels = pipe.unet.config.in_channels
+        return StableDiffusionPipeline.from_pretrained(source, safety_checker=None, dtype=torch.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(f"diffusers' pipeline cannot run {source}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _diffusers(source: Path) -> Draw:
+    import torch
+
+    pipe = _pipeline(source)
+    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
 
     @torch.inference_mode()
     def draw(seed: int) -> Any:
@@ -221,6 +228,69 @@ def _diffusers(source: Path) -> Draw:
         return pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
 
     return draw
+
+
+def _genai(source: Path) -> Draw:
+    import openvino_genai
+
+    with tempfile.TemporaryDirectory() as folder:
+        side = _to_genai(source, Path(folder))
+        pipe = openvino_genai.Text2ImagePipeline(folder, "CPU")
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "width": side, "height": side}
+    return lambda seed: pipe.generate(PROMPT, rng_seed=seed, **settings).data.copy()
+
+
+def _to_genai(source: Path, folder: Path) -> int:
+    """A Stable Diffusion folder as openvino-genai reads it, fp16, whose layout is optimum's; returns its side in pixels."""
+    import openvino
+    import torch
+    from diffusers import EulerDiscreteScheduler
+    from openvino_tokenizers import convert_tokenizer
+    from torch import nn
+
+    class Part(nn.Module):
+        def __init__(self, network: Any, call: Callable[..., Any]) -> None:
+            super().__init__()
+            self.network, self.call = network, call
+
+        def forward(self, *inputs: Any) -> Any:
+            return self.call(*inputs)
+
+    pipe = _pipeline(source)
+    unet, vae, text, config = pipe.unet, pipe.vae, pipe.text_encoder, pipe.unet.config
+    latents = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
+    states, tokens = torch.zeros(1, 77, config.cross_attention_dim), torch.zeros(1, 77, dtype=torch.int64)
+    parts: dict[str, tuple[Any, Callable[..., Any], dict[str, Any], str]] = {
+        "text_encoder": (text, lambda ids: text(ids)[0], {"input_ids": tokens}, "last_hidden_state"),
+        "unet": (
+            unet,
+            lambda x, t, c: unet(x, t, c).sample,
+            {"sample": latents, "timestep": torch.tensor(1), "encoder_hidden_states": states},
+            "out_sample",
+        ),
+        "vae_decoder": (vae, lambda z: vae.decode(z).sample, {"latent_sample": latents}, "sample"),
+    }
+    for name, (network, call, inputs, output) in parts.items():
+        with torch.inference_mode():
+            graph = openvino.convert_model(Part(network, call), example_input=tuple(inputs.values()))
+        for port, said in zip(graph.inputs, inputs, strict=True):
+            port.get_tensor().set_names({said})
+        graph.outputs[0].get_tensor().set_names({output})
+        openvino.save_model(graph, folder / name / "openvino_model.xml", compress_to_fp16=True)
+        (network.config.save_pretrained if name == "text_encoder" else network.save_config)(folder / name)
+    (folder / "tokenizer").mkdir()
+    openvino.save_model(convert_tokenizer(pipe.tokenizer), folder / "tokenizer" / "openvino_tokenizer.xml")
+    EulerDiscreteScheduler.from_config(pipe.scheduler.config).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return int(config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
 
 
 # -- what the machine could do -----------------------------------------------------------------------
