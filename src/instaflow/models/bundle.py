@@ -32,6 +32,7 @@ from instaflow.images import to_uint8
 from instaflow.models.card import Card, bundle_hash, check_weights, read_card, write_card
 from instaflow.models.hub import find_decoder, locate
 from instaflow.models.networks import build_scheduler, decode_latents
+from instaflow.models.pruned import PrunedUNet
 from instaflow.models.request import check_prompt, check_request
 from instaflow.models.safety import SafetyChecker
 from instaflow.models.stacked import StackedUNet
@@ -179,7 +180,7 @@ class Bundle:
             config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             scheduler = DDIMScheduler.from_config({"clip_sample": False, "timestep_spacing": "linspace", **config})
         bundle = cls(
-            unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet), device),
+            unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet, PrunedUNet), device),
             vae=load_autoencoder(folder, device),
             text_encoder=_ready(_load_text_encoder(folder / "text_encoder"), device),
             tokenizer=tokenizer,
@@ -230,7 +231,8 @@ class Bundle:
         self.scheduler.save_pretrained(folder / "scheduler")
         index = {
             "_class_name": "StableDiffusionPipeline",
-            "unet": ["diffusers", type(self.unet).__name__],
+            # diffusers finds a class of ours by its module, where this package is installed
+            "unet": [library(self.unet), type(self.unet).__name__],
             "vae": ["diffusers", type(self.vae).__name__],
             "text_encoder": ["transformers", type(self.text_encoder).__name__],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
@@ -323,6 +325,12 @@ def load_decoder(source: str | Path, bundle: Bundle) -> Any:
 
 def _ready(network: Any, device: str | torch.device) -> Any:
     return network.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def library(network: Any) -> str:
+    """The module that a diffusers pipeline is to take a network's class from."""
+    module: str = type(network).__module__
+    return "diffusers" if module.startswith("diffusers.") else module
 
 
 def save_network(network: Any, folder: Path, *, half: bool) -> None:
