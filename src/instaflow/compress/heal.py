@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from instaflow.training.batches import TextCache
 from instaflow.training.distil import distil_stage
 from instaflow.training.trainer import Batch, Draw, Stage, train
 
-SHARE = 0.5  # of the pictures, that imitate the unpruned network
+SHARE = 0.7  # of the pictures, that imitate the unpruned network
 FEATURES = 0.1  # weight of all feature maps together, each relative to the unpruned network's own
 
 
@@ -38,7 +37,7 @@ def heal(
     *,
     images: int,
     batch_size: int = 32,
-    lr: float = 4e-4,
+    lr: float = 8e-4,
     loss: Literal["l2", "perceptual"] = "l2",
     seed: int = 0,
 ) -> Bundle:
@@ -64,8 +63,16 @@ def heal(
     second = max(1, images // batch_size - first)
     specs = [Train(steps=n, batch_size=batch_size, lr=lr, lr_warmup_steps=min(20, n // 5)) for n in (first, second)]
     distil = Distil(name="heal", model="pruned", pairs="pairs", loss=loss, perceptual_weight=0.1, train=specs[1])
-    _begin(folder, {"imitate": msgspec.to_builtins(specs[0]), "distil": msgspec.to_builtins(distil), "seed": seed,
-                    "dropped": list(bundle.unet.config.get("dropped", [])), "model": whole.card.name})
+    _begin(
+        folder,
+        {
+            "imitate": msgspec.to_builtins(specs[0]),
+            "distil": msgspec.to_builtins(distil),
+            "seed": seed,
+            "dropped": list(bundle.unet.config.get("dropped", [])),
+            "model": whole.card.name,
+        },
+    )
     bundle.unet.requires_grad_(True)
     train(imitate_stage(specs[0], bundle, whole, pairs), specs[0], folder / "imitate", seed=seed, name="imitate")
     bundle.unet.requires_grad_(True)
@@ -107,7 +114,7 @@ def imitate_stage(spec: Train, bundle: Bundle, whole: Bundle, pairs: PairReader)
 
 
 class Watch:
-    """The feature maps that a U-Net's stages gave last, numbered from the outside, where networks of any depth agree."""
+    """The feature maps that a U-Net's stages gave last, numbered from the outside, where any two networks agree."""
 
     def __init__(self, unet: Any) -> None:
         """Of this network, from now on."""

@@ -9,17 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from instaflow.data.pairs import PairReader
+from instaflow import __version__
+from instaflow.data.pairs import PairReader, read_manifest
 from instaflow.errors import BundleError
 from instaflow.flow import euler
 from instaflow.models.bundle import Bundle
+from instaflow.models.card import bundle_hash
+from instaflow.models.hub import locate
 from instaflow.models.pruned import PrunedUNet, branches, drop, inner, narrowable
 from instaflow.models.sampling import noise
 from instaflow.models.velocity import network_velocity
@@ -147,9 +152,7 @@ def plan(
         drop(unet, [least])
         flops, base = count(unet)[0], calibration.loss(bundle, unet)
         progress(least)
-    blocks = [
-        Block(name=n, worth=worth[n], flops=costs[n], parameters=sizes[n], kept=n not in dropped) for n in sizes
-    ]
+    blocks = [Block(name=n, worth=worth[n], flops=costs[n], parameters=sizes[n], kept=n not in dropped) for n in sizes]
     return Plan(blocks=blocks, dropped=dropped, narrowed=narrowed, flops=(total, flops), loss=before)
 
 
@@ -192,3 +195,16 @@ def prune(bundle: Bundle, chosen: Plan) -> Bundle:
     if not chosen.dropped and not chosen.narrowed:
         return bundle
     return replace(bundle, unet=PrunedUNet.of(bundle.unet, chosen.dropped, chosen.narrowed))
+
+
+def card_of(bundle: Bundle, whole: Bundle, model: str, target: str, pairs: Path, settings: Mapping[str, Any]) -> Bundle:
+    """The healed bundle under a card that says what it was cut from and how it was healed."""
+    lineage = {
+        "code": __version__,
+        "parent": bundle_hash(locate(model)),
+        "pruned": {"target": target, "healed": dict(settings)},
+        "pairs": msgspec.to_builtins(read_manifest(pairs)),
+        "of": whole.card.lineage,
+    }
+    name = f"{whole.card.name}-{target if target.isalpha() else f'less-{float(target):g}'}"
+    return bundle.with_card(name=name, lineage=lineage, results={})

@@ -163,6 +163,12 @@ class Bundle:
         if folder.is_file():
             return cls._load_file(folder, device)
         card = read_card(folder)
+        if (folder / "unet" / "openvino_model.xml").is_file():
+            what = f"quantised ({card.quantised})" if card.quantised else "exported to OpenVINO"
+            raise BundleError(
+                f"{card.name!r} is {what}: it draws with the engine openvino and can no longer be changed; "
+                "train, prune, quantise, or put a LoRA or a tiny decoder on what it was made of"
+            )
         for part in PARTS:
             if not (folder / part).is_dir():
                 raise BundleError(f"{folder} has no {part}/: it is not a whole bundle")
@@ -227,6 +233,14 @@ class Bundle:
     def _write(self, folder: Path, half: bool) -> None:
         for name, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
             save_network(network, folder / name, half=half)
+        self.write_configs(folder)
+        write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
+
+    def write_configs(self, folder: Path) -> None:
+        """All but the weights and the card."""
+        self.unet.save_config(folder / "unet")
+        self.vae.save_config(folder / "vae")  # type: ignore[operator]
+        self.text_encoder.config.save_pretrained(folder / "text_encoder")  # type: ignore[union-attr,operator]
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
         index = {
@@ -242,7 +256,6 @@ class Bundle:
             "requires_safety_checker": False,
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
 
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""
