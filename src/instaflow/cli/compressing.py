@@ -225,7 +225,7 @@ def quantise(
             texts,
             out,
             threshold=threshold,
-            progress=lambda name: status.update(f"measuring {name}"),  # type: ignore[arg-type]
+            progress=lambda name: status.update(f"measuring {name}"),
         )
     shown = Table("block", "sensitivity", "M parameters", "", title=f"{bundle.card.name}, {scheme}")
     for t in table:

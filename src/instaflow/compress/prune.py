@@ -134,6 +134,13 @@ def plan(
     flops, each = count(unet)
     sizes = {n: sum(p.numel() for p in unet.get_submodule(n).parameters()) for n in branches(unet)}
     costs = {n: each.get(n, 0) - _left(each, n) for n in sizes}
+    bare = copy.deepcopy(unet)
+    drop(bare, list(sizes))
+    if (least_of_all := count(bare)[0]) > (1 - target) * total:
+        raise BundleError(
+            f"target {target:g} cannot be reached: without any of its blocks the U-Net still has "
+            f"{least_of_all / total:.0%} of its FLOPs"
+        )
     before = base = calibration.loss(bundle, unet)
     worth: dict[str, float] = {}
     dropped: list[str] = []
@@ -142,11 +149,6 @@ def plan(
         if flops <= (1 - target) * total:
             break
         left = [n for n in sizes if n not in dropped and costs[n] > 0]
-        if not left:
-            raise BundleError(
-                f"target {target:g} cannot be reached: without any of its blocks the U-Net still has "
-                f"{flops / total:.0%} of its FLOPs"
-            )
         least = min(left, key=lambda n: worth[n] / costs[n])
         dropped.append(least)
         drop(unet, [least])

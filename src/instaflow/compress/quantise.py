@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from instaflow.noise import noise
 from instaflow.runtime.graphs import traced
 from instaflow.runtime.openvino import GRAPH, OWN_GRAPH, load_openvino
 
-Scheme = Literal["int8", "w8", "w4"]
+SCHEMES = ("int8", "w8", "w4")
 KEPT = ("conv_in", "conv_out", "time_embedding")  # whatever their sensitivity
 GROUP = 32  # weights that share a 4-bit scale
 SAMPLES = 32  # for calibration
@@ -50,7 +50,7 @@ class Layers:
 
 def quantise(
     bundle: Bundle,
-    scheme: Scheme,
+    scheme: str,
     prompts: Sequence[str],
     out: Path,
     *,
@@ -71,8 +71,8 @@ def quantise(
         BundleError: no one-step model, a LoRA on it, NNCF is missing, or it cannot be written.
         PromptError: no prompt.
     """
-    if scheme not in get_args(Scheme):
-        raise BundleError(f"unknown scheme {scheme!r}; allowed: {', '.join(get_args(Scheme))}")
+    if scheme not in SCHEMES:
+        raise BundleError(f"unknown scheme {scheme!r}; allowed: {', '.join(SCHEMES)}")
     if not prompts:
         raise PromptError("no prompt to calibrate with")
     if hasattr(bundle.unet, "peft_config"):
@@ -113,7 +113,7 @@ def quantise(
 def _write(
     nncf: Any,
     bundle: Bundle,
-    scheme: Scheme,
+    scheme: str,
     prompts: Sequence[str],
     folder: Path,
     scratch: Path,
@@ -167,7 +167,7 @@ def _block(scopes: Sequence[str]) -> str:
     return inside[0] if inside else path[0]
 
 
-def _shrink(nncf: Any, graph: Any, scheme: Scheme, kept: Sequence[str], samples: list[list[np.ndarray]]) -> Any:
+def _shrink(nncf: Any, graph: Any, scheme: str, kept: Sequence[str], samples: list[list[np.ndarray]]) -> Any:
     """The graph with quantised weights, less those of the layers `kept`."""
     there = {op.get_friendly_name() for op in graph.get_ordered_ops()}
     names = [n for k in kept for n in (k, f"{k}/WithoutBiases") if n in there]
@@ -200,7 +200,7 @@ def _sensitivities(
     nncf: Any,
     core: Any,
     read: Callable[[], Any],
-    scheme: Scheme,
+    scheme: str,
     blocks: Sequence[Layers],
     samples: list[list[np.ndarray]],
     threshold: float,

@@ -128,7 +128,7 @@ def _columns(layer: Any, kept: Tensor) -> Any:
 def _cut(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     out, into = weight.shape[:2]
     with weight.device:
-        if isinstance(layer, nn.Conv2d):
+        if hasattr(layer, "kernel_size"):
             new: Any = nn.Conv2d(into, out, layer.kernel_size, layer.stride, layer.padding, bias=bias is not None)
         else:
             new = nn.Linear(into, out, bias=bias is not None)
@@ -183,4 +183,5 @@ class PrunedUNet(UNet2DConditionModel):
             narrow(whole.get_submodule(name), kept)
         drop(whole, dropped)
         pruned.load_state_dict(whole.state_dict(), strict=True)
-        return pruned.to(unet.device).train(unet.training)
+        learns = next(unet.parameters()).requires_grad
+        return pruned.to(unet.device).train(unet.training).requires_grad_(learns)

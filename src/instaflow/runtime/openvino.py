@@ -84,7 +84,8 @@ class OpenVINOEngine:
         }
         if self.precision == "f32":
             self._options["SNIPPETS_MODE"] = "DISABLE"  # of version 2026.4: its generated kernels crash in fp32
-        self.batches = BATCHES if self.card.image_size <= SMALL else (1,)
+        # quantised kernels of several rows round differently from those of one
+        self.batches = BATCHES if self.card.image_size <= SMALL and not self.card.quantised else (1,)
         self.batch = self.batches[-1]
         self._graphs: dict[tuple[str, int, int], Any] = {}
         with ThreadPoolExecutor(len(PARTS) + 1) as pool:
@@ -195,6 +196,8 @@ class OpenVINOEngine:
     def read(self, part: str, batch: int, size: int) -> Any:
         """The part as OpenVINO's model of so many rows of this size."""
         graph, side = self._core.read_model(graph_of(self.folder, part)), size // self._factor
+        if self.precision == "f32":
+            _widen(graph)
         shapes = {}
         for port in graph.inputs:
             shape = port.partial_shape
@@ -202,3 +205,14 @@ class OpenVINOEngine:
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
         return graph
+
+
+def _widen(graph: Any) -> None:
+    """Half-precision constants as fp32: computing in fp32, version 2026.4 overwrites those that it widens itself."""
+    from openvino import opset13 as ops
+
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() == "Convert" and op.input_value(0).get_node().get_type_name() == "Constant":
+            data = op.input_value(0).get_node().data
+            if data.dtype == np.float16:
+                op.output(0).replace(ops.constant(data.astype(np.float32)).output(0))
