@@ -1,6 +1,7 @@
 """What smaller networks cost: Fréchet distance against latency and against size, pruned, quantised and both.
 
     python benchmarks/compression.py --pairs runs/findings/pairs/pairs
+    python benchmarks/compression.py --sd15    Stable Diffusion 1.5's U-Net, random weights: targets, one healing step
 
 Makes each model by the command line, draws the same prompts and noises of unseen concepts with the CPU engine, and
 measures them on `emoji-heldout`. What is there already is not made or drawn again.
@@ -136,10 +137,54 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def sd15(folder: Path) -> None:
+    """Named targets at full size: parameters, FLOPs, milliseconds of one step (torch, bf16); then healing runs."""
+    import copy
+    import tempfile
+    import time
+
+    import torch
+    from speed import random_sd15
+
+    from instaflow.compress.heal import heal
+    from instaflow.compress.prune import count
+    from instaflow.compress.targets import TARGETS, named
+    from instaflow.data.pairs import Manifest, open_manifest, open_pairs, shard_path, write_shard
+    from instaflow.runtime.bench import peak_memory
+
+    whole = Bundle.load(random_sd15(folder / "instaflow_0_9B_from_sd_1_5"))
+    x, states = torch.randn(1, 4, 64, 64).bfloat16(), whole.encode(["a red apple"]).bfloat16()
+    full = 0.0
+    for target in ("full", *TARGETS):
+        bundle = whole if target == "full" else named(whole, target)
+        unet, took = copy.deepcopy(bundle.unet).bfloat16(), []
+        for _ in range(4):
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                unet(x, 999.0, states)
+            took.append(1000 * (time.perf_counter() - begun))
+        ms = float(np.median(took[1:]))
+        full = full or ms
+        size = sum(p.numel() for p in unet.parameters())
+        print(f"| {target} | {size / 1e6:.1f} | {count(unet)[0] / 1e9:.0f} | {ms:.0f} | {full / ms:.2f} |", flush=True)
+        del unet
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs, shape = Path(scratch) / "pairs", whole.latent_shape()
+        told = {"teacher": "", "sampler": "", "steps": 1, "guidance": 1.0, "noise": "", "prompts": "", "seed": 0}
+        open_manifest(pairs, Manifest(**told, count=2, shard_size=2, shape=shape))
+        write_shard(shard_path(pairs, 0), prompts=["a red apple", "a cat"], seeds=[0, 1], x1=torch.randn(2, *shape))
+        begun = time.perf_counter()
+        heal(bundle, whole, open_pairs(pairs), Path(scratch) / "healing", images=2, batch_size=1, lr=1e-5)
+        took_s = time.perf_counter() - begun
+    print(f"tiny: one step of each part of healing, one picture, with its checkpoints: {took_s:.0f} s, "
+          f"{peak_memory() / 1e9:.1f} GB at most")  # fmt: skip
+
+
 def main() -> None:
     """Make, draw, measure; compression.json, compression.md and compression.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--sd15", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/compression"))
     parser.add_argument("--cache", type=Path, default=Path("data"))
     parser.add_argument("--count", type=int, default=2500)
@@ -147,6 +192,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.sd15:
+        sd15(given.out)
+        return
+    if given.pairs is None:
+        parser.error("--pairs: a folder of pairs to heal on")
     folders = make(given.out, given.pairs, given.rows)
 
     data = read_pictures(make_emoji(given.cache / "emoji-64", size=64, styles=STYLES, cache=given.cache / "npm"))
