@@ -32,6 +32,7 @@ from instaflow.runtime.openvino import GRAPH, OWN_GRAPH, load_openvino
 SCHEMES = ("int8", "w8", "w4")
 KEPT = ("conv_in", "conv_out", "time_embedding")  # whatever their sensitivity
 GROUP = 32  # weights that share a 4-bit scale
+LARGE = 1 << 16  # numbers in a constant that is kept in fp16
 SAMPLES = 32  # for calibration
 
 
@@ -135,7 +136,8 @@ def _write(
             small = _shrink(nncf, read(), scheme, [n for t in table if t.kept for n in t.nodes], samples)
         else:
             small = _shrink(nncf, read(), "w8", [], [])
-        openvino.save_model(small, folder / part / OWN_GRAPH, compress_to_fp16=True)
+        _halve(small)
+        openvino.save_model(small, folder / part / OWN_GRAPH, compress_to_fp16=False)
         del small
     return table
 
@@ -227,6 +229,18 @@ def _outputs(core: Any, graph: Any, samples: list[list[np.ndarray]]) -> np.ndarr
         request.infer(sample)
         outputs.append(request.get_output_tensor(0).data.copy())
     return np.concatenate(outputs)
+
+
+def _halve(graph: Any) -> None:
+    """Large fp32 constants as fp16; not the small ones, above all not the time, which fp16 cannot tell apart."""
+    from openvino import opset13 as ops
+
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() == "Constant" and op.data.dtype == np.float32 and op.data.size >= LARGE:
+            targets = op.output(0).get_target_inputs()
+            half = ops.convert(ops.constant(op.data.astype(np.float16)), np.float32)
+            for target in targets:
+                target.replace_source_output(half.output(0))
 
 
 def _load_nncf() -> Any:

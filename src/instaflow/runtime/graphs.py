@@ -92,12 +92,15 @@ def write_graphs(bundle: Bundle, folder: Path) -> None:
 
 
 def to_openvino(folder: Path) -> None:
-    """Turn a folder's ONNX graphs into OpenVINO's own format, weights included, fp16; the safetensors go."""
+    """Turn a folder's ONNX graphs into OpenVINO's own format, weights included; the safetensors go.
+
+    Weights stay the fp16 that they are; what is fp32 stays that too, above all the time, which fp16 cannot tell apart.
+    """
     openvino = load_openvino()
     core = openvino.Core()
     for part in PARTS:
         model = core.read_model(folder / part / GRAPH)
-        openvino.save_model(model, folder / part / OWN_GRAPH, compress_to_fp16=True)
+        openvino.save_model(model, folder / part / OWN_GRAPH, compress_to_fp16=False)
         del model
         for file in (folder / part / GRAPH, *(folder / part).glob("*.safetensors")):
             file.unlink()
