@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from instaflow import cli
+from instaflow.data.pairs import Manifest, open_manifest, shard_path, write_shard
 from instaflow.models.bundle import Bundle
+from instaflow.models.card import read_card
 
 
 def instaflow(*words: str) -> int:
@@ -123,3 +126,34 @@ def test_dry_run_counts_and_does_nothing(capsys: pytest.CaptureFixture[str], tmp
     said = capsys.readouterr().out
     assert "960" in said  # 60 steps × 16 pictures
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_pruned_then_exported(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, shape = tmp_path / "pairs", (4, 4, 4)
+    told = {"teacher": "", "sampler": "", "steps": 1, "guidance": 1.0, "noise": "", "prompts": "", "seed": 0}
+    open_manifest(pairs, Manifest(**told, count=4, shard_size=4, shape=shape))
+    write_shard(shard_path(pairs, 0), prompts=["a cat"] * 4, seeds=[0, 1, 2, 3], x1=torch.zeros(4, *shape))
+    words = ("prune", model, "--target", "0.1", "--pairs", str(pairs), "--out", str(tmp_path / "small"))
+    assert instaflow(*words, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "worth" in said and "dropped" in said and "mid_block.resnets.0" in said
+    assert not (tmp_path / "small").exists()
+    assert instaflow(*words, "--images", "8", "--batch-size", "4", "--lr", "1e-4") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "pairs", "small"]
+    card = read_card(tmp_path / "small")
+    assert card.lineage["pruned"]["target"] == "0.1" and card.lineage["pruned"]["healed"]["images"] == 8
+    assert instaflow("export", str(tmp_path / "small"), "--to", "openvino", "-o", str(tmp_path / "fast")) == 0
+    assert instaflow("generate", "cat", "--model", str(tmp_path / "fast"), "-o", str(tmp_path / "a.png")) == 0
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_mistakes_in_making_smaller(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prune = ("prune", model, "--pairs", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "--target=1.5 is not allowed; use a share from 0 to 0.95, or base" in fails(capsys, *prune, "--target=1.5")
+    assert "--width=0 is not allowed" in fails(capsys, *prune, "--target=0.5", "--width=0")
+    assert "has no manifest.json" in fails(capsys, *prune, "--target=0.5")
+    quantise = ("quantise", model, "--out", str(tmp_path / "out"), "--prompts")
+    assert "no such file of prompts" in fails(capsys, *quantise, "none.txt", "--scheme", "w8")
+    assert "is there already" in fails(capsys, "quantise", model, "--scheme", "w8", "--out", model)
+    assert "is there already" in fails(capsys, "export", model, "--out", model)
+    assert not (tmp_path / "out").exists()

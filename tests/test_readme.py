@@ -21,6 +21,13 @@ SHRUNK = {  # what would take hours, or minutes more than it tells
     "instaflow run recipes/emoji.toml": "instaflow run recipes/emoji.toml --dry-run",
     "instaflow data emoji": "instaflow data emoji --styles streamline",
     "instaflow bench": "instaflow bench --runs 2 --cold-runs 1",
+    "instaflow prune runs/smoke/one-step/bundle --target 0.25 --pairs runs/smoke/pairs/pairs --out small/": (
+        "instaflow prune runs/smoke/one-step/bundle --target 0.1 --pairs runs/smoke/pairs/pairs --out small/ "
+        "--images 64 --batch-size 16 --calibration 16"
+    ),
+    "instaflow quantise small/ --scheme w8 --out smaller/": (
+        "instaflow quantise small/ --scheme w8 --out smaller/ --prompts recipes/open-prompts.txt"
+    ),
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="npm fetches the pictures and is not installed")

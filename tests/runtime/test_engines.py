@@ -128,6 +128,33 @@ def test_graphs_are_sound_and_run_elsewhere(folder: Path) -> None:
     np.testing.assert_allclose(latents, ours.sample(x0, states, **ONE), atol=1e-4)
 
 
+def test_batch_and_size_of_onnx_graphs_are_open(folder: Path) -> None:
+    ours = OpenVINOEngine(folder, precision="f32")
+    for part in PARTS:
+        model = onnx.load(folder / part / GRAPH, load_external_data=False)
+        assert all(i.type.tensor_type.shape.dim[0].dim_param for i in model.graph.input)
+    x0, states = noise([1, 2, 3], ours.latent_shape(64)), ours.encode(PROMPTS[:3])
+    [latents] = onnxruntime.InferenceSession(folder / "unet" / GRAPH).run(None, {"x0": x0, "states": states})
+    [pictures] = onnxruntime.InferenceSession(folder / "vae" / GRAPH).run(None, {"latents": latents})
+    np.testing.assert_allclose(pictures, ours.decode(ours.sample(x0, states, **ONE)), atol=1e-3)
+
+
+def test_openvinos_own_format_draws_the_same_and_is_all_there_is(folder: Path, tmp_path: Path) -> None:
+    own = export(folder, tmp_path / "own", to="openvino")
+    assert not list(own.rglob("*.safetensors")) and not list(own.rglob("*.onnx"))
+    assert all((own / part / "openvino_model.bin").is_file() for part in PARTS)
+    first, second = OpenVINOEngine(folder, precision="f32"), OpenVINOEngine(own, precision="f32")
+    for size in (32, 64):
+        x0, states = noise(range(4), first.latent_shape(size)), first.encode(PROMPTS)
+        np.testing.assert_allclose(second.encode(PROMPTS), states, atol=1e-5)
+        for _ in range(2):  # what was computed once must not change what is computed next
+            np.testing.assert_allclose(second.sample(x0, states, **ONE), first.sample(x0, states, **ONE), atol=1e-4)
+        latents = first.sample(x0, states, **ONE)
+        np.testing.assert_allclose(second.decode(latents), first.decode(latents), atol=1e-3)
+    with pytest.raises(BundleError, match="'tiny-one-step' is exported to OpenVINO: it draws with the engine openvino"):
+        Bundle.load(own)
+
+
 NO_TORCH = """
 import sys
 for name in ("torch", "diffusers", "transformers", "matplotlib", "safetensors"):

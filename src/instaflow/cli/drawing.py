@@ -1,4 +1,4 @@
-"""Verbs that draw and look: generate, bench, export, inspect."""
+"""Verbs that draw and look: generate, bench, inspect."""
 
 from __future__ import annotations
 
@@ -289,32 +289,6 @@ def _print_bench(report: dict[str, Any]) -> None:
         )
     if "peak_gflop_s" in report:
         print(f"peak of this machine, one large matrix product: {report['peak_gflop_s']} GFLOP/s")
-
-
-@app.command
-def export(model: str | None = None, *, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
-    """Write a one-step model with ONNX graphs beside its weights: it draws fast on a CPU, and without torch.
-
-    ```
-    instaflow export runs/emoji/one-step/bundle -o fast/
-    instaflow generate "a red apple" --model fast/
-    ```
-
-    Parameters
-    ----------
-    model
-        A folder or a hub id; left out, the default model.
-    out
-        The folder to write, whole or not at all.
-    """
-    hush()
-    from instaflow.models.card import DEFAULT
-    from instaflow.models.hub import locate
-    from instaflow.runtime import loading
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"--out {out} is there already; name a folder that is not")
-    print(loading.export(locate(DEFAULT if model is None else model), out))
 
 
 @app.command

@@ -32,6 +32,7 @@ from instaflow.images import to_uint8
 from instaflow.models.card import Card, bundle_hash, check_weights, read_card, write_card
 from instaflow.models.hub import find_decoder, locate
 from instaflow.models.networks import build_scheduler, decode_latents
+from instaflow.models.pruned import PrunedUNet
 from instaflow.models.request import check_prompt, check_request
 from instaflow.models.safety import SafetyChecker
 from instaflow.models.stacked import StackedUNet
@@ -162,6 +163,12 @@ class Bundle:
         if folder.is_file():
             return cls._load_file(folder, device)
         card = read_card(folder)
+        if (folder / "unet" / "openvino_model.xml").is_file():
+            what = f"quantised ({card.quantised})" if card.quantised else "exported to OpenVINO"
+            raise BundleError(
+                f"{card.name!r} is {what}: it draws with the engine openvino and can no longer be changed; "
+                "train, prune, quantise, or put a LoRA or a tiny decoder on what it was made of"
+            )
         for part in PARTS:
             if not (folder / part).is_dir():
                 raise BundleError(f"{folder} has no {part}/: it is not a whole bundle")
@@ -179,7 +186,7 @@ class Bundle:
             config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             scheduler = DDIMScheduler.from_config({"clip_sample": False, "timestep_spacing": "linspace", **config})
         bundle = cls(
-            unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet), device),
+            unet=_ready(_load_named(folder / "unet", UNet2DConditionModel, StackedUNet, PrunedUNet), device),
             vae=load_autoencoder(folder, device),
             text_encoder=_ready(_load_text_encoder(folder / "text_encoder"), device),
             tokenizer=tokenizer,
@@ -226,11 +233,20 @@ class Bundle:
     def _write(self, folder: Path, half: bool) -> None:
         for name, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
             save_network(network, folder / name, half=half)
+        self.write_configs(folder)
+        write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
+
+    def write_configs(self, folder: Path) -> None:
+        """All but the weights and the card."""
+        self.unet.save_config(folder / "unet")
+        self.vae.save_config(folder / "vae")  # type: ignore[operator]
+        self.text_encoder.config.save_pretrained(folder / "text_encoder")  # type: ignore[union-attr,operator]
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
         index = {
             "_class_name": "StableDiffusionPipeline",
-            "unet": ["diffusers", type(self.unet).__name__],
+            # diffusers finds a class of ours by its module, where this package is installed
+            "unet": [library(self.unet), type(self.unet).__name__],
             "vae": ["diffusers", type(self.vae).__name__],
             "text_encoder": ["transformers", type(self.text_encoder).__name__],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
@@ -240,7 +256,6 @@ class Bundle:
             "requires_safety_checker": False,
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
 
     def with_card(self, **changes: Any) -> Bundle:
         """The same networks under a changed card."""
@@ -323,6 +338,12 @@ def load_decoder(source: str | Path, bundle: Bundle) -> Any:
 
 def _ready(network: Any, device: str | torch.device) -> Any:
     return network.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def library(network: Any) -> str:
+    """The module that a diffusers pipeline is to take a network's class from."""
+    module: str = type(network).__module__
+    return "diffusers" if module.startswith("diffusers.") else module
 
 
 def save_network(network: Any, folder: Path, *, half: bool) -> None:

@@ -34,6 +34,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     styles: tuple[str, ...] = ()
     """Words that choose a drawing style when they end a prompt."""
     licence: str = "Apache-2.0"
+    quantised: str = ""
+    """int8, w8 or w4 where weights have fewer bits than 16: such a model draws with OpenVINO and nothing else."""
     weights: str = ""
     """sha256 over the bundle's weights, checked when it is loaded; '' checks nothing."""
     lineage: dict[str, Any] = {}
@@ -68,11 +70,16 @@ def write_card(folder: Path, card: Card) -> None:
 def bundle_hash(folder: Path) -> str:
     """sha256 over the weights of a bundle folder: what pairs and reports name their model by."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in weight_files(folder):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of a bundle folder: safetensors, and of quantised networks OpenVINO's own."""
+    return sorted(file for kind in ("*.safetensors", "openvino_model.bin") for file in folder.rglob(kind))
 
 
 CHECKED_BYTES = 1 << 30  # larger ones take seconds to read through
@@ -80,7 +87,7 @@ CHECKED_BYTES = 1 << 30  # larger ones take seconds to read through
 
 def check_weights(folder: Path, card: Card) -> None:
     """Raise BundleError when the weights are not those that the card names; gigabytes are taken on trust."""
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weight_files(folder))
     if card.weights and size <= CHECKED_BYTES and bundle_hash(folder) != card.weights:
         raise BundleError(
             f"the weights in {folder} are not those that its {CARD} names: they are damaged or were changed; "

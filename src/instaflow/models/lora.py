@@ -62,3 +62,16 @@ def set_lora_scale(bundle: Bundle, scale: float) -> None:
     layers: list[Any] = [m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer)]
     for layer in layers:
         layer.set_scale(ADAPTER, scale)
+
+
+def merge_lora(bundle: Bundle) -> None:
+    """Add the LoRA that is on the bundle to its weights, in place, at its present scale; no layer of it is left."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    networks: tuple[Any, ...] = (bundle.unet, bundle.text_encoder)
+    for network in networks:
+        for layer in [m for m in network.modules() if isinstance(m, BaseTunerLayer)]:
+            layer.merge()
+        recurse_remove_peft_layers(network)
+        vars(network).pop("peft_config", None)

@@ -29,7 +29,7 @@ from instaflow.flow import unet_time
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents
 from instaflow.models.velocity import denoised
-from instaflow.runtime.openvino import GRAPH
+from instaflow.runtime.openvino import GRAPH, OWN_GRAPH, PARTS, load_openvino
 
 INLINE = 1 << 16  # bytes: what is no weight of the bundle and larger than this is a mistake
 
@@ -87,6 +87,31 @@ def write_graphs(bundle: Bundle, folder: Path) -> None:
     Raises:
         BundleError: a model of many steps, or the packages that export are missing.
     """
+    for part, model in traced(bundle):
+        _write(folder / part, model)
+
+
+def to_openvino(folder: Path) -> None:
+    """Turn a folder's ONNX graphs into OpenVINO's own format, weights included; the safetensors go.
+
+    Weights stay the fp16 that they are; what is fp32 stays that too, above all the time, which fp16 cannot tell apart.
+    """
+    openvino = load_openvino()
+    core = openvino.Core()
+    for part in PARTS:
+        model = core.read_model(folder / part / GRAPH)
+        openvino.save_model(model, folder / part / OWN_GRAPH, compress_to_fp16=False)
+        del model
+        for file in (folder / part / GRAPH, *(folder / part).glob("*.safetensors")):
+            file.unlink()
+
+
+def traced(bundle: Bundle) -> Iterator[tuple[str, Any]]:
+    """Each part's name and its graph (onnx-ir), with its fp32 weights and a batch and size that are open.
+
+    Raises:
+        BundleError: a model of many steps, or the packages that export are missing.
+    """
     if bundle.card.kind != "one-step":
         raise BundleError(f"{bundle.card.name!r} is a {bundle.card.kind} model; a graph draws in one step")
     tokens = torch.zeros(2, bundle.prompt_tokens, dtype=torch.long)
@@ -94,11 +119,12 @@ def write_graphs(bundle: Bundle, folder: Path) -> None:
     batch, latents = {0: "batch"}, {0: "batch", 2: "height", 3: "width"}
     with torch.inference_mode():
         states = bundle.encode(["", "a"])
-        _write(folder / "text_encoder", TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, "states",
-               (batch, batch if bundle.masked else None))  # fmt: skip
+        yield "text_encoder", _trace(TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, "states",
+                                     (batch, batch if bundle.masked else None))  # fmt: skip
         with _one_time(bundle.unet):
-            _write(folder / "unet", OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
-        _write(folder / "vae", Decoder(bundle), {"latents": x0}, "pictures", (latents,))
+            unet = _trace(OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
+        yield "unet", unet
+        yield "vae", _trace(Decoder(bundle), {"latents": x0}, "pictures", (latents,))
 
 
 @contextmanager
@@ -120,9 +146,9 @@ def _one_time(unet: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _write(folder: Path, network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: tuple[Any, ...]) -> None:
+def _trace(network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: tuple[Any, ...]) -> Any:
     try:
-        import onnx_ir as ir
+        import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise BundleError(f"graphs need the package {error.name}: pip install 'instaflow[torch]'") from error
@@ -138,7 +164,12 @@ def _write(folder: Path, network: nn.Module, inputs: dict[str, Tensor], output: 
             dynamic_shapes=shapes,
         )
     assert program is not None
-    model: Any = program.model
+    return program.model
+
+
+def _write(folder: Path, model: Any) -> None:
+    import onnx_ir as ir
+
     there = _tensors(folder)
     for value in list(model.graph.initializers.values()):
         raw = value.const_value.numpy()

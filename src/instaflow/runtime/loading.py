@@ -10,9 +10,12 @@ import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from instaflow.errors import BundleError
-from instaflow.models.card import DEFAULT, bundle_hash, read_card
+from instaflow.models.card import DEFAULT, bundle_hash, read_card, write_card
 from instaflow.models.hub import find_decoder, locate
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
@@ -161,8 +164,16 @@ def _content(source: Path) -> str:
     return found
 
 
-def export(source: str | Path, folder: Path, decoder: str | Path | None = None) -> Path:
+def export(
+    source: str | Path, folder: Path, decoder: str | Path | None = None, *, to: Literal["onnx", "openvino"] = "onnx"
+) -> Path:
     """Write a one-step model with its graphs, fp16, whole or not at all: it draws without torch.
+
+    Args:
+        source: the model.
+        folder: where it goes.
+        decoder: a tiny decoder in place of its own.
+        to: ONNX graphs that read the safetensors beside them, or OpenVINO's own format in place of both.
 
     Raises:
         BundleError: no one-step model, packages are missing, or it cannot be written.
@@ -170,7 +181,7 @@ def export(source: str | Path, folder: Path, decoder: str | Path | None = None) 
     from safetensors import SafetensorError
 
     from instaflow.models.bundle import Bundle, publish
-    from instaflow.runtime.graphs import write_graphs
+    from instaflow.runtime.graphs import to_openvino, write_graphs
 
     bundle = Bundle.load(source, decoder=decoder)
     part = folder.with_name(folder.name + ".part")
@@ -178,8 +189,11 @@ def export(source: str | Path, folder: Path, decoder: str | Path | None = None) 
         part.parent.mkdir(parents=True, exist_ok=True)
         bundle.save(part)
         write_graphs(bundle, part)
+        if to == "openvino":
+            to_openvino(part)
+            write_card(part, msgspec.structs.replace(bundle.card, weights=bundle_hash(part)))
         return publish(part, folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

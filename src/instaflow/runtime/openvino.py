@@ -21,6 +21,7 @@ from instaflow.models.card import check_weights, read_card
 from instaflow.models.request import check_prompt, check_request
 
 GRAPH = "model.onnx"
+OWN_GRAPH = "openvino_model.xml"  # OpenVINO's own format, with openvino_model.bin: what quantised networks are kept in
 PARTS = ("text_encoder", "unet", "vae")
 FILES = ("unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
 SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
@@ -29,7 +30,13 @@ BATCHES = (1, 16)  # rows that graphs of small models are compiled for
 
 def has_graphs(folder: Path) -> bool:
     """Whether a bundle folder carries its graphs."""
-    return all((folder / part / GRAPH).is_file() for part in PARTS)
+    return all(graph_of(folder, part).is_file() for part in PARTS)
+
+
+def graph_of(folder: Path, part: str) -> Path:
+    """The file of a part's graph, in OpenVINO's own format where it has one."""
+    own = folder / part / OWN_GRAPH
+    return own if own.is_file() else folder / part / GRAPH
 
 
 def load_openvino() -> Any:
@@ -69,7 +76,7 @@ class OpenVINOEngine:
         if self.precision not in ("bf16", "f32") or (self.precision == "bf16" and not able):
             allowed = "bf16, f32" if able else "f32, since this processor does not compute with bf16"
             raise BundleError(f"precision {self.precision!r} is not to be had; allowed: {allowed}")
-        self.name = f"openvino {self.precision}"
+        self.name = " ".join(["openvino", *([self.card.quantised] if self.card.quantised else []), self.precision])
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
@@ -77,7 +84,8 @@ class OpenVINOEngine:
         }
         if self.precision == "f32":
             self._options["SNIPPETS_MODE"] = "DISABLE"  # of version 2026.4: its generated kernels crash in fp32
-        self.batches = BATCHES if self.card.image_size <= SMALL else (1,)
+        # quantised kernels of several rows round differently from those of one
+        self.batches = BATCHES if self.card.image_size <= SMALL and not self.card.quantised else (1,)
         self.batch = self.batches[-1]
         self._graphs: dict[tuple[str, int, int], Any] = {}
         with ThreadPoolExecutor(len(PARTS) + 1) as pool:
@@ -181,13 +189,15 @@ class OpenVINOEngine:
                 compiled = self._core.compile_model(self.read(part, batch, size), "CPU", self._options)
             except RuntimeError as error:
                 reason = ([line for line in str(error).splitlines() if line.strip()] or ["no word"])[-1]
-                raise BundleError(f"cannot compile {self.folder / part / GRAPH}: {reason[:200]}") from error
+                raise BundleError(f"cannot compile {graph_of(self.folder, part)}: {reason[:200]}") from error
             self._graphs[key] = compiled.create_infer_request()
         return self._graphs[key]
 
     def read(self, part: str, batch: int, size: int) -> Any:
         """The part as OpenVINO's model of so many rows of this size."""
-        graph, side = self._core.read_model(self.folder / part / GRAPH), size // self._factor
+        graph, side = self._core.read_model(graph_of(self.folder, part)), size // self._factor
+        if self.precision == "f32":
+            _widen(graph)
         shapes = {}
         for port in graph.inputs:
             shape = port.partial_shape
@@ -195,3 +205,14 @@ class OpenVINOEngine:
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
         return graph
+
+
+def _widen(graph: Any) -> None:
+    """Half-precision constants as fp32: computing in fp32, version 2026.4 overwrites those that it widens itself."""
+    from openvino import opset13 as ops
+
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() == "Convert" and op.input_value(0).get_node().get_type_name() == "Constant":
+            data = op.input_value(0).get_node().data
+            if data.dtype == np.float16:
+                op.output(0).replace(ops.constant(data.astype(np.float32)).output(0))

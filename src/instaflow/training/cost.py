@@ -26,6 +26,7 @@ from instaflow.errors import RecipeError
 from instaflow.models.hub import HUB_ID
 from instaflow.models.networks import build_autoencoder, build_tiny_decoder, build_unet, decode_latents
 from instaflow.models.perceptual import LPIPS, Lite1
+from instaflow.models.pruned import PrunedUNet
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
     Autoencoder,
@@ -96,7 +97,8 @@ class Networks:
         with torch.device("meta"):
             if config is None:
                 return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-            return (StackedUNet if "unet" in config else UNet2DConditionModel).from_config(config)
+            families = {family.__name__: family for family in (UNet2DConditionModel, StackedUNet, PrunedUNet)}
+            return families[config["_class_name"]].from_config(config)
 
     def vae(self, name: str) -> Any:
         """The autoencoder that a stage works with."""
