@@ -241,7 +241,7 @@ def _genai(source: Path) -> Draw:
 
 
 def _to_genai(source: Path, folder: Path) -> int:
-    """A Stable Diffusion folder as openvino-genai reads it, fp16, whose layout is optimum's; returns its side in pixels."""
+    """A Stable Diffusion folder as openvino-genai reads it: optimum's layout, fp16; returns its side in pixels."""
     import openvino
     import torch
     from diffusers import EulerDiscreteScheduler
