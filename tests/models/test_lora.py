@@ -14,7 +14,7 @@ from instaflow import InstaFlow
 from instaflow.cli import main
 from instaflow.errors import BundleError, PromptError
 from instaflow.models.bundle import Bundle
-from instaflow.models.lora import load_lora, set_lora_scale
+from instaflow.models.lora import load_lora, set_lora_scales
 from instaflow.models.sampling import noise, sample
 
 PROMPT = "a cat"
@@ -52,7 +52,7 @@ def lora(stock: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactor
 def test_the_scale_at_run_time_is_that_of_stock_diffusers(folder: Path, lora: Path, scale: float) -> None:
     ours = Bundle.load(folder)
     load_lora(ours, lora)
-    set_lora_scale(ours, scale)
+    set_lora_scales(ours, [scale])
     theirs = tiny_pipeline()
     theirs.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="a")
     theirs.set_adapters("a", scale)

@@ -36,7 +36,7 @@ def generate(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     grid: bool = False,
     model: str | None = None,
-    lora: str | None = None,
+    lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     lora_scale: float = 1.0,
     device: str = "cpu",
     engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
@@ -81,9 +81,9 @@ def generate(
     model
         A folder, a hub id (owner/name) or a Stable Diffusion 1.x .safetensors file; left out, the default model.
     lora
-        A LoRA for that model, a .safetensors file or a hub id.
+        A LoRA for that model, a .safetensors file or a hub id, with '=0.7' behind it at that scale; several are allowed.
     lora_scale
-        How much of it counts, usually 0 to 1.
+        How much of the LoRAs counts, times the scale of each, usually 0 to 1.
     device
         cpu, or where torch is to draw: cuda, mps.
     engine
@@ -292,7 +292,12 @@ def _print_bench(report: dict[str, Any]) -> None:
 
 
 @app.command
-def export(model: str | None = None, *, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
+def export(
+    model: str | None = None,
+    *,
+    lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+) -> None:
     """Write a one-step model with ONNX graphs beside its weights: it draws fast on a CPU, and without torch.
 
     ```
@@ -304,17 +309,20 @@ def export(model: str | None = None, *, out: Annotated[Path, Parameter(name=["--
     ----------
     model
         A folder or a hub id; left out, the default model.
+    lora
+        LoRAs to fuse into it, each with '=0.7' behind it at that scale.
     out
         The folder to write, whole or not at all.
     """
     hush()
     from instaflow.models.card import DEFAULT
     from instaflow.models.hub import locate
+    from instaflow.models.request import LoRA
     from instaflow.runtime import loading
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--out {out} is there already; name a folder that is not")
-    print(loading.export(locate(DEFAULT if model is None else model), out))
+    print(loading.export(locate(DEFAULT if model is None else model), out, loras=[LoRA.read(text) for text in lora]))
 
 
 @app.command
