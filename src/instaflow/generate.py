@@ -182,7 +182,9 @@ class InstaFlow:
         if lora_scale != 1.0 and not self.loras:
             raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
         if lora_scale != 1.0 and not hasattr(self.engine, "bundle"):
-            raise PromptError(f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale")
+            raise PromptError(
+                f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
+            )
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")

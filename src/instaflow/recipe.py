@@ -236,7 +236,7 @@ class Personalise(Spec, frozen=True, kw_only=True, tag="personalise", tag_field=
     teacher: str = ""
     """A personalised teacher that draws pairs for the pictures' prompts, in place of the pictures themselves."""
     loss: Literal["", "ordinary", "l2", "perceptual"] = ""
-    """ordinary: denoising. l2, perceptual: distillation at t = 0. Empty: perceptual for a one-step model, else ordinary."""
+    """ordinary: denoising. l2, perceptual: distillation at t = 0. Empty: by the model, perceptual or ordinary."""
     perceptual_weight: Positive = 0.5
     rank: Count = 8
     """Rank of the LoRA, on every linear layer and convolution of the U-Net."""

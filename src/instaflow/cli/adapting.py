@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from msgspec.structs import replace
 
 from instaflow.cli.app import Root, app, hush
 from instaflow.errors import DataError
@@ -52,28 +53,46 @@ def personalise(
         What the model must keep drawing as before: a .txt or .parquet file; left out, words of its tokenizer.
     """
     if not pictures:
-        raise DataError('no pictures: instaflow personalise cat1.png cat2.png cat3.png --subject "sks cat" -o cat.safetensors')
+        raise DataError(
+            'no pictures: instaflow personalise cat1.png cat2.png cat3.png --subject "sks cat" -o cat.safetensors'
+        )
     if out.suffix != ".safetensors":
         raise DataError(f"--out {out}: a LoRA is written as .safetensors")
     if steps < 1 or rank < 1:
         raise DataError(f"--steps={steps} --rank={rank} is not allowed; use 1 or more of each")
     hush()
-    from instaflow.models.card import DEFAULT
-    from instaflow.training import personalise as personal
+    import shutil
+    from hashlib import sha256
 
-    print(
-        personal.personalise(
-            pictures,
-            subject,
-            out,
-            model=str(DEFAULT) if model is None else model,
-            teacher=teacher,
-            steps=steps,
-            rank=rank,
-            prompts=prompts,
-            root=root,
-        )
+    from instaflow.data.pictures import content_hash
+    from instaflow.models.card import DEFAULT, read_card
+    from instaflow.models.hub import locate
+    from instaflow.recipe import Personalise, Recipe, Train
+    from instaflow.training.personalise import read_subject
+    from instaflow.training.run import LORA, Run
+
+    source = str(locate(DEFAULT if model is None else model).resolve())
+    train = Train(steps=steps, batch_size=16, lr=1e-3, lr_warmup_steps=10, ema=0.99)
+    own = Personalise(
+        name="personalise", model=source, pictures=pictures, subject=subject, rank=rank, prompts=prompts, train=train
     )
+    stages: tuple[Personalise, ...] = (own,)
+    if teacher is not None:
+        first = replace(
+            own, name="teacher", model=str(locate(teacher).resolve()), train=replace(train, steps=3 * steps)
+        )
+        stages = (first, replace(own, teacher="teacher"))
+    learnt = read_subject(pictures, subject, read_card(Path(source)).image_size)
+    # other pictures under the same name are another run
+    content = content_hash(learnt) + repr(stages)
+    recipe = Recipe(name=f"{out.stem}-{sha256(content.encode()).hexdigest()[:8]}", stages=stages)
+    run = Run(recipe, root, cache=Path("data"))
+    run.run(lambda *_: None)
+    part = out.with_name(f"{out.name}.tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run.folder / "personalise" / LORA, part)
+    part.replace(out)
+    print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command

@@ -81,7 +81,7 @@ def generate(
     model
         A folder, a hub id (owner/name) or a Stable Diffusion 1.x .safetensors file; left out, the default model.
     lora
-        A LoRA for that model, a .safetensors file or a hub id, with '=0.7' behind it at that scale; several are allowed.
+        A LoRA for that model, a .safetensors file or a hub id, at a scale with '=0.7' behind it; may be repeated.
     lora_scale
         How much of the LoRAs counts, times the scale of each, usually 0 to 1.
     device

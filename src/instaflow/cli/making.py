@@ -98,7 +98,9 @@ def train(
     instaflow train recipes/emoji.toml --stage teacher
     ```
     """
-    _carry_out(recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil", "personalise"), dry_run, root, cache)
+    _carry_out(
+        recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil", "personalise"), dry_run, root, cache
+    )
 
 
 @app.command

@@ -170,9 +170,7 @@ def _content(source: Path) -> str:
     return found
 
 
-def export(
-    source: str | Path, folder: Path, decoder: str | Path | None = None, loras: Sequence[LoRA] = ()
-) -> Path:
+def export(source: str | Path, folder: Path, decoder: str | Path | None = None, loras: Sequence[LoRA] = ()) -> Path:
     """Write a one-step model with its graphs, fp16, whole or not at all: it draws without torch.
 
     Raises:

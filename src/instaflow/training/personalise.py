@@ -93,12 +93,12 @@ def picture_pairs(prompts: Sequence[str], latents: Tensor, count: int, seed: int
     x0, chosen = noise(seeds, latents.shape[1:]).flatten(1), np.arange(count) % len(latents)
     by_prompt: dict[str, list[int]] = defaultdict(list)
     for place, picture in enumerate(chosen):
-        by_prompt[prompts[picture]].append(place)
+        by_prompt[prompts[int(picture)]].append(place)
     for places in by_prompt.values():
         x1 = latents[chosen[places]].flatten(1)
         _, order = linear_sum_assignment(-(x0[places] @ x1.T).numpy())  # ‖x₀ − x₁‖² but for what order does not change
         chosen[places] = chosen[np.asarray(places)[order]]
-    return PairSet(prompts=[prompts[i] for i in chosen], seeds=seeds, x1=latents[chosen].half())
+    return PairSet(prompts=[prompts[int(i)] for i in chosen], seeds=seeds, x1=latents[chosen].half())
 
 
 def prior_prompts(bundle: Bundle, count: int, seed: int, source: str = "") -> list[str]:
@@ -113,7 +113,13 @@ def prior_prompts(bundle: Bundle, count: int, seed: int, source: str = "") -> li
 
 
 def personal_pairs(
-    spec: Personalise, bundle: Bundle, pictures: Sequence[Picture], folder: Path, *, model: str, teacher: Any = None
+    spec: Personalise,
+    bundle: Bundle,
+    pictures: Sequence[Picture],
+    folder: Path,
+    *,
+    model: str,
+    teacher: tuple[Bundle, str] | None = None,
 ) -> PairReader:
     """The pictures' pairs, and those of the prior, which are drawn into `folder` once.
 
@@ -128,7 +134,7 @@ def personal_pairs(
     readers = []
     if teacher:
         of_pictures = [pictures[i % len(pictures)].name for i in range(spec.count)]
-        readers.append(_drawn(spec, *teacher, of_pictures, folder / "pairs", seed=0))
+        readers.append(_drawn(spec, teacher[0], teacher[1], of_pictures, folder / "pairs", seed=0))
     else:
         own = picture_pairs([p.name for p in pictures], _latents(bundle, pictures), spec.count, seed=0)
         readers.append(PairReader([len(own)], lambda _: own))
@@ -139,9 +145,7 @@ def personal_pairs(
     return PairReader([reader.counts[i] for reader, i in shards], lambda n: shards[n][0].load(shards[n][1]))
 
 
-def _drawn(
-    spec: Personalise, bundle: Bundle, model: str, prompts: list[str], folder: Path, *, seed: int
-) -> PairReader:
+def _drawn(spec: Personalise, bundle: Bundle, model: str, prompts: list[str], folder: Path, *, seed: int) -> PairReader:
     card = bundle.card
     drawing = Pairs(
         name=f"{spec.name}, {folder.name}",
@@ -160,7 +164,7 @@ def _drawn(
 
 
 def add_lora(bundle: Bundle, rank: int, seed: int) -> None:
-    """A fresh LoRA on every linear layer and convolution of the U-Net, in place; it alone learns, and starts at ΔW = 0."""
+    """A fresh LoRA on every linear layer and convolution of the U-Net, in place: it alone learns, from ΔW = 0 on."""
     unet: Any = bundle.unet
     torch.manual_seed(seed)
     layers = [name for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -179,8 +183,13 @@ def personalise_stage(spec: Personalise, bundle: Bundle, pairs: PairReader) -> S
         teacher = Teacher(name=spec.name, autoencoder="", prediction=bundle.card.prediction, train=spec.train)
         built = teacher_stage(teacher, bundle, captions, x1)
     else:
-        weight = {"perceptual_weight": spec.perceptual_weight}
-        built = distil_stage(
-            Distil(name=spec.name, model="", pairs="", loss=loss, train=spec.train, **weight), bundle, pairs
+        distil = Distil(
+            name=spec.name,
+            model="",
+            pairs="",
+            loss=loss,
+            perceptual_weight=spec.perceptual_weight,
+            train=spec.train,
         )
+        built = distil_stage(distil, bundle, pairs)
     return replace(built, preview=preview)

@@ -382,9 +382,7 @@ class Run:
             results={},
         )
         add_lora(bundle, stage.rank, self.recipe.seed)
-        train(
-            personalise_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name
-        )
+        train(personalise_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name)
         if self.processes.is_main_process:
             save_lora(bundle, folder / LORA)
             fuse_lora(bundle)
