@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,7 +40,7 @@ def load_lora(bundle: Bundle, source: str | Path, name: str = ADAPTER) -> None:
         raise BundleError("a LoRA needs the package peft: pip install 'instaflow[lora]'") from error
     with reading(path):
         state, alphas, metadata = Loader.lora_state_dict(
-            _whole(load_file(path)) or path, unet_config=bundle.unet.config, return_lora_metadata=True
+            _from_kohya(load_file(path), bundle) or path, unet_config=bundle.unet.config, return_lora_metadata=True
         )
         own, text = ({k: v for k, v in state.items() if k.startswith(p)} for p in ("unet.", "text_encoder."))
         if not own:
@@ -55,14 +54,27 @@ def load_lora(bundle: Bundle, source: str | Path, name: str = ADAPTER) -> None:
         network.requires_grad_(False)
 
 
-def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's file with every α said, the rank where it is missing; {} for another kind of file.
+def _from_kohya(state: dict[str, Tensor], bundle: Bundle) -> dict[str, Tensor]:
+    """kohya's file in peft's names, α/r within the factors; {} for another kind of file.
 
-    diffusers would take one module's α for all those without.
+    A module's name there has _ for its dots; α is the rank where it is missing. diffusers' own conversion takes one
+    module's α for all those without, and does not find every layer.
     """
-    down = [key.removesuffix(".lora_down.weight") for key in state if key.endswith(".lora_down.weight")]
-    missing = {f"{key}.alpha": torch.tensor(float(len(state[f"{key}.lora_down.weight"]))) for key in down}
-    return missing | state if down else {}
+    networks = (("unet", "lora_unet_", bundle.unet), ("text_encoder", "lora_te_", bundle.text_encoder))
+    names = {
+        f"{prefix}{name.replace('.', '_')}": f"{part}.{name}"
+        for part, prefix, network in networks
+        for name, _ in network.named_modules()
+    }
+    found: dict[str, Tensor] = {}
+    for key in (k.removesuffix(".lora_down.weight") for k in state if k.endswith(".lora_down.weight")):
+        name = names.get(key) or names.get(key.replace("lora_te_text_model_", "lora_te_"))
+        if name is None:
+            raise ValueError(f"it is for another network: this one has no {key}")
+        down, up = (state[f"{key}.lora_{way}.weight"].float() for way in ("down", "up"))
+        found[f"{name}.lora_A.weight"] = down
+        found[f"{name}.lora_B.weight"] = up * float(state.get(f"{key}.alpha", len(down))) / len(down)
+    return found
 
 
 def _check(part: dict[str, Tensor], network: nn.Module) -> None:
