@@ -73,14 +73,15 @@ def main() -> None:
     shown["by the teacher's pairs"] = stage("by-teacher")
     shown["teacher's LoRA moved over"] = Bundle.load(DEFAULT)
     load_lora(shown["teacher's LoRA moved over"], run / "teacher" / "lora.safetensors")
-    shown["ordinary loss"] = stage("ordinary")
+    if (run / "ordinary" / "bundle").is_dir():
+        shown["ordinary loss"] = stage("ordinary")
 
     own, kept = (pixels(read_subject([str(f)], SUBJECT, 64)) for f in (CAT, CAT / "test"))
     cat, real = lite(own), lite(kept)
     noto = read_pictures(args.data / "noto.parquet", split="train")
     rng = np.random.default_rng(0)
     some = [noto[i] for i in rng.choice(len(noto), args.count, replace=False)]
-    projection = fit_projection(lite(pixels(noto)))
+    projection = fit_projection(lite(pixels(noto[::2])))
     others, prompts = projection(lite(pixels(some))), [p.name for p in some]
     rows = {"real pictures": {"identity": identity(cat, real)}}
     for name, bundle in shown.items():
@@ -91,7 +92,8 @@ def main() -> None:
     sheet = [draw(bundle, list(SHOWN)) for bundle in shown.values()]
     first = np.concatenate([own[:5], np.full_like(own[:3], 255)])
     save_grid(np.concatenate([first, *sheet]), args.out / "personalise-subject.png", columns=8)
-    rows |= hand(shown["shipped model"], stage("blobs"), lite, args.data, args.out)
+    if (run / "blobs" / "bundle").is_dir():
+        rows |= hand(shown["shipped model"], stage("blobs"), lite, args.data, args.out)
     (run / "bars.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
 
