@@ -20,6 +20,9 @@ PYTHON = [body for language, body in BLOCKS if language == "python"]
 SHRUNK = {  # what would take hours, or minutes more than it tells
     "instaflow run recipes/emoji.toml": "instaflow run recipes/emoji.toml --dry-run",
     "instaflow data emoji": "instaflow data emoji --styles streamline",
+    'instaflow personalise examples/cat --subject "sks cat" --out cat.safetensors': (
+        'instaflow personalise examples/cat --subject "sks cat" --out cat.safetensors --steps 2'
+    ),
     "instaflow bench": "instaflow bench --runs 2 --cold-runs 1",
     "instaflow prune runs/smoke/one-step/bundle --target 0.25 --pairs runs/smoke/pairs/pairs --out small/": (
         "instaflow prune runs/smoke/one-step/bundle --target 0.1 --pairs runs/smoke/pairs/pairs --out small/ "
@@ -38,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone's: the recipes, and nothing made yet but the fetched packages."""
     path = tmp_path_factory.mktemp("clone")
     (path / "recipes").symlink_to(ROOT / "recipes")
+    (path / "examples").symlink_to(ROOT / "examples")
     (path / "data").mkdir()
     (ROOT / "data" / "npm").mkdir(parents=True, exist_ok=True)
     (path / "data" / "npm").symlink_to(ROOT / "data" / "npm")

@@ -18,6 +18,7 @@ from PIL import Image
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_uint8
+from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
@@ -40,7 +41,7 @@ class Drawing:
     """Text to pixels, the batch's time shared by its pictures."""
     negative: str = ""
     lora: str = ""
-    """The LoRA's name and scale, when the model has one."""
+    """Each LoRA's name and scale, when the model has any."""
     engine: str = ""
     """What drew it, and in which precision."""
     blocked: bool = False
@@ -77,16 +78,16 @@ class Drawing:
 class InstaFlow:
     """A loaded model that draws."""
 
-    def __init__(self, engine: Engine, *, lora: str = "") -> None:
-        """Wrap an engine, whose bundle has this LoRA on it."""
-        self.engine, self.lora = engine, lora
+    def __init__(self, engine: Engine, *, loras: Sequence[LoRA] = ()) -> None:
+        """Wrap an engine, whose bundle has these LoRAs on it."""
+        self.engine, self.loras = engine, loras
 
     @classmethod
     def load(
         cls,
         model: str | Path | None = None,
         *,
-        lora: str | Path | None = None,
+        lora: str | Path | Sequence[str | Path] = (),
         device: str = "cpu",
         safety: bool = True,
         engine: str | None = None,
@@ -98,7 +99,8 @@ class InstaFlow:
         Args:
             model: a bundle folder, ours or a diffusers one; a hub id; a Stable Diffusion 1.x .safetensors
                 file. None loads the default model that comes with the package.
-            lora: a LoRA to put on it, a .safetensors file or a hub id; `generate` takes its scale.
+            lora: a LoRA or several to put on it, each a .safetensors file or a hub id, its scale behind it if that is
+                not 1: 'style.safetensors=0.7'. `generate` takes a scale of all.
             device: torch device; the CPU engine is for 'cpu'.
             safety: run the model's own safety checker, when it has one.
             engine: 'openvino', a one-step model's fast way on a CPU, or 'torch', every model's on every device.
@@ -111,8 +113,8 @@ class InstaFlow:
             BundleError: no such model, LoRA or engine, it cannot be read, or the one is not for the other.
         """
         options: dict[str, Any] = {"device": device, "safety": safety, "engine": engine, "precision": precision}
-        found = load_engine(model, lora=lora, decoder=decoder, **options)
-        return cls(found, lora=Path(lora).stem if lora else "")
+        loras = [LoRA.read(text) for text in ([lora] if isinstance(lora, str | Path) else lora)]
+        return cls(load_engine(model, loras=loras, decoder=decoder, **options), loras=loras)
 
     def generate(
         self,
@@ -164,7 +166,7 @@ class InstaFlow:
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
-            lora_scale: how much of the LoRA counts; 0 is the model without it.
+            lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -177,8 +179,12 @@ class InstaFlow:
         self.engine.check(steps=steps, guidance=guidance, size=size, negative=negative)
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
-        if lora_scale != 1.0 and not self.lora:
+        if lora_scale != 1.0 and not self.loras:
             raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
+        if lora_scale != 1.0 and not hasattr(self.engine, "bundle"):
+            raise PromptError(
+                f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
+            )
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
@@ -201,14 +207,16 @@ class InstaFlow:
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
-        if self.lora:
-            from instaflow.models.lora import set_lora_scale
+        loras = [lora._replace(scale=lora_scale * lora.scale) for lora in self.loras]
+        scaled = bool(loras) and hasattr(engine, "bundle")  # torch's; on the CPU engine they are fused
+        if scaled:
+            from instaflow.models.lora import set_lora_scales
         together = engine.batch if len(rows) >= MANY else 1
         engine.prepare(together, size)
         for first in range(0, len(rows), together):
             texts, numbers = zip(*rows[first : first + together], strict=True)
-            if self.lora:
-                set_lora_scale(engine.bundle, lora_scale)  # type: ignore[attr-defined]  # only torch's has one
+            if scaled:
+                set_lora_scales(engine.bundle, [lora.scale for lora in loras])  # type: ignore[attr-defined]
             start = time.perf_counter()
             latents = engine.sample(noise(numbers, engine.latent_shape(size)), engine.encode(texts), **options)
             decoded = engine.decode(latents)
@@ -232,7 +240,7 @@ class InstaFlow:
                     guidance=guidance,
                     latency_ms=latency_ms,
                     negative=negative,
-                    lora=f"{self.lora} at {lora_scale:g}" if self.lora else "",
+                    lora=", ".join(lora.name for lora in loras),
                     engine=engine.name,
                     blocked=blocked,
                 )

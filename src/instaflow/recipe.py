@@ -223,6 +223,32 @@ class Decoder(Spec, frozen=True, kw_only=True, tag="decoder", tag_field="kind"):
     train: Train
 
 
+class Personalise(Spec, frozen=True, kw_only=True, tag="personalise", tag_field="kind"):
+    """A LoRA (arXiv 2106.09685) of a subject or a hand, from a few pictures, the prior preserved (arXiv 2208.12242)."""
+
+    name: Name
+    model: str
+    """What learns; it stays as it is, the LoRA goes on top."""
+    pictures: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """Picture files, folders of them, or Parquet, whose training split counts."""
+    subject: str = ""
+    """The prompt of every picture, 'sks cat'; empty takes their captions, as for a hand."""
+    teacher: str = ""
+    """A personalised teacher that draws pairs for the pictures' prompts, in place of the pictures themselves."""
+    loss: Literal["", "ordinary", "l2", "perceptual"] = ""
+    """ordinary: denoising. l2, perceptual: distillation at t = 0. Empty: by the model, perceptual or ordinary."""
+    perceptual_weight: Positive = 0.5
+    rank: Count = 8
+    """Rank of the LoRA, on every linear layer and convolution of the U-Net."""
+    count: Count = 512
+    """Pairs of the pictures, each with its own noise."""
+    prior: Annotated[int, Meta(ge=0)] = 512
+    """Pairs that the model itself draws of other prompts, so that it stays what it is there."""
+    prompts: str = ""
+    """Those prompts: a .txt or .parquet file, or a hub data set; empty takes words of the tokenizer."""
+    train: Train
+
+
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
@@ -236,7 +262,7 @@ class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"
     seed: Seed = 0
 
 
-Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Evaluate
+Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Personalise | Evaluate
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -275,7 +301,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
 
 def kind(stage: Stage) -> str:
-    """The stage's tag: autoencoder, teacher, pairs, reflow, distil or evaluate."""
+    """The stage's tag: autoencoder, teacher, pairs, reflow, distil, personalise or evaluate."""
     return str(type(stage).__struct_config__.tag)
 
 
@@ -290,6 +316,8 @@ def inputs(stage: Stage) -> tuple[str, ...]:
             return (stage.model,)
         case Reflow() | Distil() | Decoder():
             return (stage.model, stage.pairs)
+        case Personalise():
+            return (stage.model, stage.teacher) if stage.teacher else (stage.model,)
         case Evaluate():
             return tuple(name.split("@")[0] for name in stage.models)
 

@@ -157,7 +157,7 @@ def test_a_lora_goes_on_what_is_left_and_can_be_merged(one_step: Bundle, tmp_pat
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    from instaflow.models.lora import load_lora, merge_lora
+    from instaflow.models.lora import drop_lora, fuse_lora, load_lora
 
     pruned = prune(one_step, plan_of(["mid_block.resnets.1"], {}))
     torch.manual_seed(0)
@@ -170,7 +170,8 @@ def test_a_lora_goes_on_what_is_left_and_can_be_merged(one_step: Bundle, tmp_pat
     load_lora(plain, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     changed = sample(plain, PROMPTS, **ASK)
     assert not torch.equal(before, changed)
-    merge_lora(plain)
+    fuse_lora(plain)
+    drop_lora(plain)
     torch.testing.assert_close(sample(plain, PROMPTS, **ASK), changed)
     assert not any("lora" in name for name in plain.unet.state_dict())
 

@@ -19,6 +19,7 @@ from instaflow.errors import BundleError, PromptError
 from instaflow.generate import InstaFlow
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import DEFAULT
+from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime import loading
 from instaflow.runtime.loading import export, load_engine
@@ -192,7 +193,7 @@ def test_many_steps_have_no_graph(tiny: Bundle, tmp_path: Path) -> None:
         ({"engine": "torch", "precision": "bf16"}, "precision 'bf16' is not to be had; allowed: float32"),
         ({"engine": "torch", "device": "abacus"}, "torch has no device 'abacus' here; it has: cpu"),
         ({"engine": "openvino", "device": "cuda"}, "draws on the CPU, not on 'cuda'"),
-        ({"engine": "openvino", "lora": "a.safetensors"}, "takes no LoRA"),
+        ({"engine": "openvino", "loras": [LoRA("a.safetensors")]}, "no LoRA file a.safetensors"),
     ],
 )
 def test_what_an_engine_cannot_do_is_said(options: dict, said: str) -> None:

@@ -8,11 +8,11 @@ import sys
 
 from cyclopts import CycloptsError
 
-from instaflow.cli import compressing, drawing, making
+from instaflow.cli import adapting, compressing, drawing, making
 from instaflow.cli.app import app
 from instaflow.errors import InstaFlowError
 
-__all__ = ["app", "compressing", "drawing", "main", "making"]
+__all__ = ["adapting", "app", "compressing", "drawing", "main", "making"]
 
 DRAWING = {"torch", "diffusers", "transformers", "safetensors", "onnx_ir", "onnxscript"}
 
@@ -39,7 +39,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "pairs", "evaluate", "prune")
+        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "pairs", "evaluate", "prune", "personalise")
         print("instaflow: interrupted" + "; run the same line again to go on" * bool(goes_on), file=sys.stderr)
         sys.exit(130)
 

@@ -175,7 +175,7 @@ def quantise(
     out: Out,
     prompts: str | None = None,
     threshold: float = 1e-3,
-    lora: str | None = None,
+    lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     cache: Cache = Path("data"),
 ) -> None:
     """Write a one-step model with weights of 8 or 4 bits; OpenVINO draws with it, without torch.
@@ -196,7 +196,7 @@ def quantise(
     threshold
         Blocks that alone would move the picture's latents by more than this share of their power stay in 16 bits.
     lora
-        Merged first: afterwards there is no way.
+        LoRAs to fuse first, each with '=0.7' behind it at that scale: afterwards there is no way.
     """
     if not threshold >= 0:
         raise DataError(f"--threshold={threshold:g} is not allowed; use 0 or more")
@@ -208,11 +208,11 @@ def quantise(
 
     bundle = Bundle.load(model)
     _one_step(bundle)
-    if lora is not None:
-        from instaflow.models.lora import load_lora, merge_lora
+    if lora:
+        from instaflow.models.lora import merge_loras
+        from instaflow.models.request import LoRA
 
-        load_lora(bundle, lora)
-        merge_lora(bundle)
+        merge_loras(bundle, [LoRA.read(text) for text in lora])
     texts = read_prompts(prompts) if prompts is not None else _validation_prompts(bundle, cache)
     from rich.console import Console
     from rich.table import Table
@@ -256,6 +256,7 @@ def export(
     model: str | None = None,
     *,
     to: Literal["onnx", "openvino"] = "onnx",
+    lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     out: Out,
 ) -> None:
     """Write a one-step model with graphs that draw fast on a CPU, and without torch.
@@ -272,11 +273,15 @@ def export(
         A folder or a hub id; left out, the default model.
     to
         onnx: model.onnx in each part, beside the safetensors that it reads. openvino: openvino_model.xml and .bin.
+    lora
+        LoRAs to fuse into it, each with '=0.7' behind it at that scale.
     """
     hush()
     from instaflow.models.card import DEFAULT
     from instaflow.models.hub import locate
+    from instaflow.models.request import LoRA
     from instaflow.runtime import loading
 
     _free(out)
-    print(loading.export(locate(DEFAULT if model is None else model), out, to=to))
+    loras = [LoRA.read(text) for text in lora]
+    print(loading.export(locate(DEFAULT if model is None else model), out, loras=loras, to=to))

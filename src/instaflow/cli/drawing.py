@@ -36,7 +36,7 @@ def generate(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     grid: bool = False,
     model: str | None = None,
-    lora: str | None = None,
+    lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     lora_scale: float = 1.0,
     device: str = "cpu",
     engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
@@ -81,9 +81,9 @@ def generate(
     model
         A folder, a hub id (owner/name) or a Stable Diffusion 1.x .safetensors file; left out, the default model.
     lora
-        A LoRA for that model, a .safetensors file or a hub id.
+        A LoRA for that model, a .safetensors file or a hub id, at a scale with '=0.7' behind it; may be repeated.
     lora_scale
-        How much of it counts, usually 0 to 1.
+        How much of the LoRAs counts, times the scale of each, usually 0 to 1.
     device
         cpu, or where torch is to draw: cuda, mps.
     engine

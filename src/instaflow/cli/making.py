@@ -92,13 +92,15 @@ def run(
 def train(
     recipe: Path, *, stage: str, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
 ) -> None:
-    """Train one stage of a recipe: autoencoder, decoder, teacher, reflow or distil, by its name or kind.
+    """Train one stage of a recipe: autoencoder, decoder, teacher, reflow, distil or personalise, by its name or kind.
 
     ```
     instaflow train recipes/emoji.toml --stage teacher
     ```
     """
-    _carry_out(recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil"), dry_run, root, cache)
+    _carry_out(
+        recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil", "personalise"), dry_run, root, cache
+    )
 
 
 @app.command

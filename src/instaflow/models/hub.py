@@ -7,6 +7,7 @@ from pathlib import Path
 
 from instaflow.errors import BundleError
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 # What a bundle is made of; a repository's single-file and fp16 copies of the same weights stay where they are.
@@ -78,3 +79,17 @@ def download(name: str, *files: str) -> Path:
         raise BundleError(
             f"no folder {name!r} here, no model of that id in the local cache, and the hub cannot be reached"
         ) from error
+
+
+def find_lora(source: str | Path) -> Path:
+    """The file of a LoRA: a .safetensors file, or a hub id whose repository has pytorch_lora_weights.safetensors.
+
+    Raises:
+        BundleError: neither.
+    """
+    path = Path(source)
+    if not path.exists() and HUB_ID.fullmatch(str(source)):
+        path = download(str(source), LORA_FILE) / LORA_FILE
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise BundleError(f"no LoRA file {source}: it takes a .safetensors file or a hub id")
+    return path

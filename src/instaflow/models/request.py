@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from instaflow.errors import PromptError
 from instaflow.models.card import Card
@@ -50,3 +53,32 @@ def check_request(card: Card, unit: int, *, steps: int, guidance: float, size: i
             f"size={size} is not allowed; use a multiple of {unit} from {unit} to {4 * card.image_size}, "
             f"best {card.image_size}"
         )
+
+
+class LoRA(NamedTuple):
+    """A LoRA that is asked for, and how much of it."""
+
+    source: str
+    """A .safetensors file or a hub id."""
+    scale: float = 1.0
+
+    @classmethod
+    def read(cls, text: str | Path) -> LoRA:
+        """'style.safetensors=0.7', or without a scale, which is then 1.
+
+        Raises:
+            PromptError: the scale is not finite.
+        """
+        source, _, number = str(text).rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            return cls(str(text))
+        if not source or not math.isfinite(scale):
+            raise PromptError(f"{text} is not allowed; use FILE or FILE=SCALE, usually 0 to 1")
+        return cls(source, scale)
+
+    @property
+    def name(self) -> str:
+        """'style at 0.7'."""
+        return f"{Path(self.source).stem} at {self.scale:g}"

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,8 @@ import msgspec
 
 from instaflow.errors import BundleError
 from instaflow.models.card import DEFAULT, bundle_hash, read_card, write_card
-from instaflow.models.hub import find_decoder, locate
+from instaflow.models.hub import find_decoder, find_lora, locate
+from instaflow.models.request import LoRA
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
 
@@ -28,7 +30,7 @@ PRECISIONS = ("bf16", "f32", "float32", "bfloat16", "float16")
 def load_engine(
     model: str | Path | None,
     *,
-    lora: str | Path | None = None,
+    loras: Sequence[LoRA] = (),
     device: str = "cpu",
     safety: bool = True,
     engine: str | None = None,
@@ -48,18 +50,18 @@ def load_engine(
             "of torch float32, bfloat16, float16"
         )
     source = locate(DEFAULT if model is None else model)
-    why_not = _why_not_openvino(source, lora, device, safety)
+    why_not = _why_not_openvino(source, device, safety)
     if engine == "openvino" and why_not:
         raise BundleError(f"the engine openvino {why_not}; use torch")
-    if engine == "openvino" or (engine is None and not why_not and _worth_it(source, precision, decoder)):
+    if engine == "openvino" or (engine is None and not why_not and _worth_it(source, precision, decoder, loras)):
         try:
-            return _openvino(source, precision, decoder)
+            return _openvino(source, precision, decoder, loras)
         except BundleError as error:
             if engine == "openvino" or not has_torch():
                 raise
             log.warning("%s; drawing with torch instead", error)
             precision = None
-    return _torch(source, lora=lora, device=device, safety=safety, precision=precision, decoder=decoder)
+    return _torch(source, loras=loras, device=device, safety=safety, precision=precision, decoder=decoder)
 
 
 def has_torch() -> bool:
@@ -67,12 +69,10 @@ def has_torch() -> bool:
     return all(find_spec(name) is not None for name in ("torch", "diffusers", "transformers"))
 
 
-def _why_not_openvino(source: Path, lora: str | Path | None, device: str, safety: bool) -> str:
+def _why_not_openvino(source: Path, device: str, safety: bool) -> str:
     """'' where it can."""
     if device != "cpu":
         return f"draws on the CPU, not on {device!r}"
-    if lora is not None:
-        return "takes no LoRA"
     if source.is_file():
         return f"does not read the single file {source.name}"
     card = read_card(source)
@@ -83,23 +83,25 @@ def _why_not_openvino(source: Path, lora: str | Path | None, device: str, safety
     return ""
 
 
-def _worth_it(source: Path, precision: str | None, decoder: str | Path | None) -> bool:
-    """Small models without graphs are as quickly drawn by torch as exported."""
+def _worth_it(source: Path, precision: str | None, decoder: str | Path | None, loras: Sequence[LoRA]) -> bool:
+    """Small models without graphs are as quickly drawn by torch as exported; and a LoRA's scale may change."""
+    if loras:
+        return False
     openvino_has_it, ready = precision in (None, "bf16", "f32"), has_graphs(source) and decoder is None
     return openvino_has_it and (ready or read_card(source).image_size > SMALL or not has_torch())
 
 
-def _openvino(source: Path, precision: str | None, decoder: str | Path | None) -> Engine:
+def _openvino(source: Path, precision: str | None, decoder: str | Path | None, loras: Sequence[LoRA]) -> Engine:
     if find_spec("openvino") is None:
         raise BundleError("the package openvino is missing: pip install openvino")
-    ready = has_graphs(source) and decoder is None
-    return OpenVINOEngine(source if ready else exported(source, decoder), precision=precision)
+    ready = has_graphs(source) and decoder is None and not loras
+    return OpenVINOEngine(source if ready else exported(source, decoder, loras), precision=precision)
 
 
 def _torch(
     source: Path,
     *,
-    lora: str | Path | None,
+    loras: Sequence[LoRA],
     device: str,
     safety: bool,
     precision: str | None,
@@ -111,10 +113,10 @@ def _torch(
     from instaflow.runtime.pytorch import TorchEngine
 
     bundle = Bundle.load(source, device=device, safety=safety, decoder=decoder)
-    if lora is not None:
-        from instaflow.models.lora import load_lora  # peft, which nothing else needs
+    if loras:
+        from instaflow.models.lora import load_loras  # peft, which nothing else needs
 
-        load_lora(bundle, lora)
+        load_loras(bundle, loras)
     return TorchEngine.of(bundle, precision)
 
 
@@ -127,17 +129,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INSTAFLOW_CACHE") or Path(base) / "instaflow")
 
 
-def exported(source: Path, decoder: str | Path | None = None) -> Path:
+def exported(source: Path, decoder: str | Path | None = None, loras: Sequence[LoRA] = ()) -> Path:
     """The model with graphs in the cache, made there when it is used first; by its weights and OpenVINO's version.
 
     Args:
         source: the model's folder.
         decoder: a tiny decoder in place of its own.
+        loras: fused into its weights.
 
     Raises:
         BundleError: it must be made and torch is missing, or the disk is full.
     """
     name = _content(source)[:16] + (f"-{_content(find_decoder(decoder))[:16]}" if decoder else "")
+    name += "".join(f"-{_file_hash(find_lora(lora.source))[:16]}@{lora.scale:g}" for lora in loras)
     folder = cache_folder() / f"{name}-openvino-{version('openvino')}"
     if has_graphs(folder):
         return folder
@@ -146,7 +150,12 @@ def exported(source: Path, decoder: str | Path | None = None) -> Path:
             f"{source} has no graphs for the CPU engine, and making them needs torch: pip install 'instaflow[torch]'"
         )
     log.warning("preparing %s for the CPU engine, once, in %s", read_card(source).name, folder)
-    return export(source, folder, decoder)
+    return export(source, folder, decoder, loras)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _content(source: Path) -> str:
@@ -165,7 +174,12 @@ def _content(source: Path) -> str:
 
 
 def export(
-    source: str | Path, folder: Path, decoder: str | Path | None = None, *, to: Literal["onnx", "openvino"] = "onnx"
+    source: str | Path,
+    folder: Path,
+    decoder: str | Path | None = None,
+    loras: Sequence[LoRA] = (),
+    *,
+    to: Literal["onnx", "openvino"] = "onnx",
 ) -> Path:
     """Write a one-step model with its graphs, fp16, whole or not at all: it draws without torch.
 
@@ -173,6 +187,7 @@ def export(
         source: the model.
         folder: where it goes.
         decoder: a tiny decoder in place of its own.
+        loras: fused into its weights.
         to: ONNX graphs that read the safetensors beside them, or OpenVINO's own format in place of both.
 
     Raises:
@@ -184,6 +199,10 @@ def export(
     from instaflow.runtime.graphs import to_openvino, write_graphs
 
     bundle = Bundle.load(source, decoder=decoder)
+    if loras:
+        from instaflow.models.lora import merge_loras
+
+        merge_loras(bundle, loras)
     part = folder.with_name(folder.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from instaflow.errors import DataError
-from instaflow.training.memory import spread, whole
+from instaflow.training.memory import learning, spread, whole
 
 
 def save(
@@ -28,7 +28,7 @@ def save(
         DataError: it could not be written, a full disk for example; the one before it is as it was.
     """
     part = folder / "checkpoint.tmp"
-    state = {"step": step, "model": network.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
+    state = {"step": step, "model": _learnt(network), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
     state = tree_map(whole, state)
     if not write:
         return
@@ -61,8 +61,10 @@ def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.op
             if (bad := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {bad} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        parameters = list(network.parameters())
-        network.load_state_dict(_like(state["model"], network.state_dict()))
+        parameters, own = learning(network), network.state_dict()
+        if state["model"].keys() != _learnt(network).keys():
+            raise ValueError("it is of another network")
+        network.load_state_dict(own | _like(state["model"], own))
         state["ema"]["shadow_params"] = [
             spread(s, p) for s, p in zip(state["ema"]["shadow_params"], parameters, strict=True)
         ]
@@ -77,6 +79,12 @@ def restore(folder: Path, network: nn.Module, ema: EMAModel, optimiser: torch.op
         raise DataError(f"damaged checkpoint {path}: {reason[:150]}; remove it to train from the beginning") from error
     ema.to(parameters[0].device)  # it keeps the file's device
     return step
+
+
+def _learnt(network: nn.Module) -> dict[str, Any]:
+    """The state without frozen parameters, which are the model's own and need no keeping."""
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in network.state_dict().items() if k not in frozen}
 
 
 def _like(state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from instaflow.recipe import (
     Evaluate,
     OnPairs,
     Pairs,
+    Personalise,
     Recipe,
     Reflow,
     Stage,
@@ -91,7 +92,7 @@ class Networks:
                     return build_unet(stage, latent_channels=channels, latent_size=size, text_width=384)
             case Reflow() | Distil() if stage.stack:
                 return StackedUNet.of(self.unet(stage.model), stage.stack)
-            case Teacher() | Reflow() | Distil() | Pairs():
+            case Teacher() | Reflow() | Distil() | Personalise() | Pairs():
                 return self.unet(stage.model)
         config = self._config(name, "unet")
         with torch.device("meta"):
@@ -109,7 +110,7 @@ class Networks:
                     return build_autoencoder(stage)
             case Teacher():
                 return self.vae(stage.autoencoder)
-            case Reflow() | Distil() | Pairs():
+            case Reflow() | Distil() | Personalise() | Pairs():
                 return self.vae(stage.model)
         config = self._config(name, "vae")
         with torch.device("meta"):
@@ -257,6 +258,12 @@ def cost(stage: Stage, recipe: Recipe, networks: Networks | None = None) -> Cost
                 decoding = Decoding(networks.vae(stage.model), stage, recipe.data.size)
                 flops += images * decoding.flops()
                 memory += decoding.bytes()
+        case Personalise():  # the prior's drawing, a fifth of a run, is left out, and so is a perceptual loss
+            images = stage.train.steps * stage.train.batch_size
+            forwards = TRAINING_STEP * images
+            unet = networks.unet(stage.model)
+            flops = forwards * forward_flops(unet)
+            memory = step_bytes(unet, stage)
         case Pairs():
             images = stage.count
             forwards = images * stage.steps * (2 if stage.guidance > 1 else 1)

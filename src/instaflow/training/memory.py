@@ -19,20 +19,26 @@ def layout(spec: Train) -> torch.memory_format:
     return torch.contiguous_format if spec.fsdp or spec.optimiser == "adamw-8bit" else torch.channels_last
 
 
+def learning(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained: a LoRA's alone, where the network beneath it is frozen."""
+    return [p for p in network.parameters() if p.requires_grad]
+
+
 def build_optimiser(network: nn.Module, spec: Train) -> torch.optim.Optimizer:
     """AdamW, torch's fused one or with its moments in 8 bits (Dettmers et al. 2022).
 
     Raises:
         RecipeError: the 8-bit one's package is missing.
     """
+    parameters = learning(network)
     options: dict[str, Any] = {"lr": spec.lr, "betas": (0.9, 0.99), "weight_decay": spec.weight_decay}
     if spec.optimiser == "adamw":
-        return torch.optim.AdamW(network.parameters(), fused=True, **options)
+        return torch.optim.AdamW(parameters, fused=True, **options)
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
     except ImportError as error:
         raise RecipeError("optimiser = 'adamw-8bit' needs a package: pip install 'instaflow[scale]'") from error
-    optimiser: torch.optim.Optimizer = AdamW8bit(network.parameters(), **options)
+    optimiser: torch.optim.Optimizer = AdamW8bit(parameters, **options)
     return optimiser
 
 

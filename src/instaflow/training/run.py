@@ -37,6 +37,7 @@ from instaflow.recipe import (
     Distil,
     Evaluate,
     Pairs,
+    Personalise,
     Recipe,
     Reflow,
     Stage,
@@ -53,6 +54,7 @@ from instaflow.training.reflow import reflow_stage
 from instaflow.training.teacher import prompt_preview, teacher_stage
 from instaflow.training.trainer import train
 
+LORA = "lora.safetensors"  # what a personalise stage makes, beside a bundle with it fused
 Evaluator = Callable[["Run", Evaluate], None]
 
 
@@ -270,6 +272,8 @@ class Run:
                 self._reflow(stage, folder)
             case Distil():
                 self._distil(stage, folder)
+            case Personalise():
+                self._personalise(stage, folder)
 
     def _autoencoder(self, stage: Autoencoder, folder: Path) -> None:
         size = self.recipe.data.size
@@ -362,6 +366,28 @@ class Run:
             results={},
         )
         self._train_on_pairs(stage, bundle, folder)
+
+    def _personalise(self, stage: Personalise, folder: Path) -> None:
+        from instaflow.models.lora import drop_lora, fuse_lora, save_lora  # peft, which no other stage needs
+        from instaflow.training.personalise import add_lora, personal_pairs, personalise_stage, read_subject
+
+        bundle, model = self.bundle(stage.model), bundle_hash(self.output(stage.model))
+        pictures = read_subject(stage.pictures, stage.subject, bundle.card.image_size)
+        teacher = (self.bundle(stage.teacher), bundle_hash(self.output(stage.teacher))) if stage.teacher else None
+        with self.processes.main_process_first():
+            pairs = personal_pairs(stage, bundle, pictures, folder, model=model, teacher=teacher)
+        bundle = bundle.with_card(
+            name=f"{self.recipe.name}-{stage.name}",
+            lineage=self.lineage(stage, parent=model, pictures=content_hash(pictures)),
+            results={},
+        )
+        add_lora(bundle, stage.rank, self.recipe.seed)
+        train(personalise_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name)
+        if self.processes.is_main_process:
+            save_lora(bundle, folder / LORA)
+            fuse_lora(bundle)
+            drop_lora(bundle)
+            bundle.save(self.output(stage.name))
 
     def _descent(self, stage: Reflow | Distil) -> dict[str, Any]:
         manifest = msgspec.to_builtins(read_manifest(self.output(stage.pairs)))

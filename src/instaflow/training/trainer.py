@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from instaflow.errors import DataError, RecipeError
 from instaflow.recipe import Train
 from instaflow.training.checkpoint import restore, save
-from instaflow.training.memory import build_optimiser, fewer_activations, layout, sharded, unshard
+from instaflow.training.memory import build_optimiser, fewer_activations, layout, learning, sharded, unshard
 
 Batch = dict[str, Tensor]
 
@@ -106,7 +106,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
     shared_out = spec.fsdp and size > 1
     if shared_out:
         plain = sharded(plain)
-    ema = EMAModel(plain.parameters(), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
+    ema = EMAModel(learning(plain), decay=spec.ema, use_ema_warmup=True, power=2 / 3)
     optimiser = build_optimiser(plain, spec)
     start = restore(folder, plain, ema, optimiser)
     log = Log(folder / "metrics.jsonl", start, spec.steps, accelerator)
@@ -134,7 +134,7 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
             accelerator.clip_grad_norm_(network.parameters(), spec.grad_clip)
             optimiser.step()
             optimiser.zero_grad()
-            ema.step(plain.parameters())
+            ema.step(learning(plain))
 
             # -- now and then ----------------------------------------------------------------
             done = step + 1
@@ -150,13 +150,13 @@ def train(stage: Stage, spec: Train, folder: Path, *, seed: int, name: str) -> n
                 save(folder, plain, ema, optimiser, done, write=accelerator.is_main_process)
                 saved = time.monotonic()
             if stage.preview and not shared_out and (last or done % spec.preview_every == 0):
-                ema.store(plain.parameters())
-                ema.copy_to(plain.parameters())
+                ema.store(learning(plain))
+                ema.copy_to(learning(plain))
                 stage.preview(plain.eval(), folder / "samples" / f"{done:06d}.png")
                 plain.train()
-                ema.restore(plain.parameters())
+                ema.restore(learning(plain))
 
-    ema.copy_to(plain.parameters())
+    ema.copy_to(learning(plain))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     if shared_out:
