@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,9 @@ from instaflow.images import save_png, to_uint8
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
+
+if TYPE_CHECKING:
+    from instaflow.models.control import Control
 
 LARGEST_SEED = 2**63 - 1
 MANY = 100  # pictures from which on drawing several together is worth the half second that it takes to prepare
@@ -125,6 +128,7 @@ class InstaFlow:
         guidance: float | None = None,
         negative: str = "",
         lora_scale: float = 1.0,
+        control: Sequence[Control] = (),
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
         drawings = self.generate_many(
@@ -136,6 +140,7 @@ class InstaFlow:
             guidance=guidance,
             negative=negative,
             lora_scale=lora_scale,
+            control=control,
         )
         return next(drawings)
 
@@ -150,6 +155,7 @@ class InstaFlow:
         guidance: float | None = None,
         negative: str = "",
         lora_scale: float = 1.0,
+        control: Sequence[Control] = (),
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -165,6 +171,7 @@ class InstaFlow:
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRA counts; 0 is the model without it.
+            control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -179,6 +186,8 @@ class InstaFlow:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         if lora_scale != 1.0 and not self.lora:
             raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
+        if control and not hasattr(self.engine, "bundle"):
+            raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
@@ -187,7 +196,7 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale)
+        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control)
 
     def _draw(
         self,
@@ -198,9 +207,12 @@ class InstaFlow:
         size: int,
         negative: str,
         lora_scale: float,
+        control: Sequence[Control],
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
+        if control:
+            options["control"] = control
         if self.lora:
             from instaflow.models.lora import set_lora_scale
         together = engine.batch if len(rows) >= MANY else 1

@@ -24,6 +24,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Guidance = Annotated[float, Meta(ge=1)]
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
+ControlKind = Literal["edges", "scribble", "colours", "inpaint"]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,6 +224,17 @@ class Decoder(Spec, frozen=True, kw_only=True, tag="decoder", tag_field="kind"):
     train: Train
 
 
+class Control(Spec, frozen=True, kw_only=True, tag="control", tag_field="kind"):
+    """A ControlNet for a one-step model, learnt on the data's pictures; the model stays what it is."""
+
+    name: Name
+    model: str
+    """The one-step model that it controls."""
+    control: ControlKind = "edges"
+    """What its pictures show of a drawing."""
+    train: Train
+
+
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
@@ -236,7 +248,7 @@ class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"
     seed: Seed = 0
 
 
-Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Evaluate
+Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Control | Evaluate
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -275,7 +287,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
 
 def kind(stage: Stage) -> str:
-    """The stage's tag: autoencoder, teacher, pairs, reflow, distil or evaluate."""
+    """The stage's tag: autoencoder, decoder, teacher, pairs, reflow, distil, control or evaluate."""
     return str(type(stage).__struct_config__.tag)
 
 
@@ -286,7 +298,7 @@ def inputs(stage: Stage) -> tuple[str, ...]:
             return (stage.model,) if stage.model else ()
         case Teacher():
             return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
-        case Pairs():
+        case Pairs() | Control():
             return (stage.model,)
         case Reflow() | Distil() | Decoder():
             return (stage.model, stage.pairs)

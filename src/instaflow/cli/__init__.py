@@ -39,7 +39,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "pairs", "evaluate")
+        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "control", "pairs", "evaluate")
         print("instaflow: interrupted" + "; run the same line again to go on" * bool(goes_on), file=sys.stderr)
         sys.exit(130)
 
