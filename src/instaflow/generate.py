@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
+
+if TYPE_CHECKING:
+    from instaflow.models.control import Control
 
 LARGEST_SEED = 2**63 - 1
 MANY = 100  # pictures from which on drawing several together is worth the half second that it takes to prepare
@@ -127,6 +130,7 @@ class InstaFlow:
         guidance: float | None = None,
         negative: str = "",
         lora_scale: float = 1.0,
+        control: Sequence[Control] = (),
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
         drawings = self.generate_many(
@@ -138,6 +142,7 @@ class InstaFlow:
             guidance=guidance,
             negative=negative,
             lora_scale=lora_scale,
+            control=control,
         )
         return next(drawings)
 
@@ -152,6 +157,7 @@ class InstaFlow:
         guidance: float | None = None,
         negative: str = "",
         lora_scale: float = 1.0,
+        control: Sequence[Control] = (),
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -167,6 +173,7 @@ class InstaFlow:
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
+            control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -185,6 +192,8 @@ class InstaFlow:
             raise PromptError(
                 f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
             )
+        if control and not hasattr(self.engine, "bundle"):
+            raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
@@ -193,7 +202,7 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale)
+        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control)
 
     def _draw(
         self,
@@ -204,6 +213,7 @@ class InstaFlow:
         size: int,
         negative: str,
         lora_scale: float,
+        control: Sequence[Control],
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
@@ -211,6 +221,8 @@ class InstaFlow:
         scaled = bool(loras) and hasattr(engine, "bundle")  # torch's; on the CPU engine they are fused
         if scaled:
             from instaflow.models.lora import set_lora_scales
+        if control:
+            options["control"] = control
         together = engine.batch if len(rows) >= MANY else 1
         engine.prepare(together, size)
         for first in range(0, len(rows), together):

@@ -24,6 +24,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Guidance = Annotated[float, Meta(ge=1)]
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
+ControlKind = Literal["edges", "scribble", "colours", "inpaint"]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -249,6 +250,21 @@ class Personalise(Spec, frozen=True, kw_only=True, tag="personalise", tag_field=
     train: Train
 
 
+class Control(Spec, frozen=True, kw_only=True, tag="control", tag_field="kind"):
+    """A ControlNet for a one-step model, learnt on the data's pictures; the model stays what it is."""
+
+    name: Name
+    model: str
+    """The one-step model that it controls."""
+    control: ControlKind = "edges"
+    """What its pictures show of a drawing."""
+    empty_prompts: Fraction = 0.5
+    """Share of prompts dropped, so that the control has to say it (half of them, as in its paper)."""
+    middle_attention: bool = True
+    """Whether the branch copies the attention of the U-Net's middle too; without, it is smaller."""
+    train: Train
+
+
 class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"):
     """Distances, retrieval, straightness and a grid of the same noises under every model named."""
 
@@ -262,7 +278,7 @@ class Evaluate(Spec, frozen=True, kw_only=True, tag="evaluate", tag_field="kind"
     seed: Seed = 0
 
 
-Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Personalise | Evaluate
+Stage = Autoencoder | Decoder | Teacher | Pairs | Reflow | Distil | Control | Personalise | Evaluate
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -301,7 +317,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
 
 
 def kind(stage: Stage) -> str:
-    """The stage's tag: autoencoder, teacher, pairs, reflow, distil, personalise or evaluate."""
+    """The stage's tag: autoencoder, decoder, teacher, pairs, reflow, distil, control, personalise or evaluate."""
     return str(type(stage).__struct_config__.tag)
 
 
@@ -312,7 +328,7 @@ def inputs(stage: Stage) -> tuple[str, ...]:
             return (stage.model,) if stage.model else ()
         case Teacher():
             return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
-        case Pairs():
+        case Pairs() | Control():
             return (stage.model,)
         case Reflow() | Distil() | Decoder():
             return (stage.model, stage.pairs)

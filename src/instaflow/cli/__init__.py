@@ -16,6 +16,8 @@ __all__ = ["adapting", "app", "compressing", "drawing", "main", "making"]
 
 DRAWING = {"torch", "diffusers", "transformers", "safetensors", "onnx_ir", "onnxscript"}
 
+GOES_ON = ("run", "train", "control", "pairs", "evaluate", "prune", "personalise")  # where they were broken off
+
 
 def main() -> None:
     """Run the command line: 0 good, 2 the user's mistake in one line, 1 ours, 130 interrupted."""
@@ -39,7 +41,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        goes_on = sys.argv[1:2] and sys.argv[1] in ("run", "train", "pairs", "evaluate", "prune", "personalise")
+        goes_on = sys.argv[1:2] and sys.argv[1] in GOES_ON
         print("instaflow: interrupted" + "; run the same line again to go on" * bool(goes_on), file=sys.stderr)
         sys.exit(130)
 

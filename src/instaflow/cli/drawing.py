@@ -16,6 +16,7 @@ from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from instaflow.generate import Drawing, InstaFlow
+    from instaflow.models.control import Control
 
 MOST = 100_000  # pictures of a prompt in one command
 SUFFIXES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # of pictures that we do not write
@@ -42,6 +43,8 @@ def generate(
     engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
     precision: str | None = None,
     decoder: str | None = None,
+    control: Annotated[list[str] | None, Parameter(negative="")] = None,
+    control_scale: float = 1.0,
 ) -> None:
     """Draw pictures from sentences.
 
@@ -92,6 +95,10 @@ def generate(
         Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own.
     decoder
         A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
+    control
+        FOLDER=PICTURE: a ControlNet and what it is shown; give it again for several. Draws with torch.
+    control_scale
+        How much the controls count; 0 is the model without them.
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
@@ -102,6 +109,8 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
+    if control and engine is None:
+        engine = "torch"
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
@@ -112,6 +121,7 @@ def generate(
         guidance=guidance,
         negative=negative,
         lora_scale=lora_scale,
+        control=_controls(control, control_scale, flow) if control else (),
     )
     own = flow.engine.card.image_size
     if size not in (None, own):
@@ -137,6 +147,21 @@ def _load(model: str | None, **options: Any) -> InstaFlow:
     if flow.engine.card.image_size <= 128:
         flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
     return flow
+
+
+def _controls(given: list[str], scale: float, flow: InstaFlow) -> list[Control]:
+    bundle = getattr(flow.engine, "bundle", None)
+    if bundle is None:
+        raise PromptError(f"the engine {flow.engine.name} has no controls; leave --engine out, or give --engine torch")
+    from instaflow.models.control import Control, load_control, read_image
+
+    controls = []
+    for entry in given:
+        folder, equals, picture = entry.partition("=")
+        if not (folder and equals and picture):
+            raise PromptError(f"--control {entry} is not allowed; use FOLDER=PICTURE")
+        controls.append(Control(network=load_control(folder, bundle), image=read_image(picture), scale=scale))
+    return controls
 
 
 def _say(path: Path, drawing: Drawing) -> None:

@@ -92,15 +92,32 @@ def run(
 def train(
     recipe: Path, *, stage: str, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
 ) -> None:
-    """Train one stage of a recipe: autoencoder, decoder, teacher, reflow, distil or personalise, by its name or kind.
+    """Train one stage of a recipe, by its name or its kind: autoencoder, decoder, teacher, reflow, distil, …
 
     ```
     instaflow train recipes/emoji.toml --stage teacher
     ```
     """
-    _carry_out(
-        recipe, stage, ("autoencoder", "decoder", "teacher", "reflow", "distil", "personalise"), dry_run, root, cache
-    )
+    kinds = ("autoencoder", "decoder", "teacher", "reflow", "distil", "control", "personalise")
+    _carry_out(recipe, stage, kinds, dry_run, root, cache)
+
+
+@app.command
+def control(
+    recipe: Path,
+    *,
+    stage: str = "control",
+    dry_run: bool = False,
+    root: Root = Path("runs"),
+    cache: Cache = Path("data"),
+) -> None:
+    """Train a recipe's ControlNet for a one-step model.
+
+    ```
+    instaflow control recipes/control-edges.toml
+    ```
+    """
+    _carry_out(recipe, stage, ("control",), dry_run, root, cache)
 
 
 @app.command

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from instaflow.flow import euler
 from instaflow.models.bundle import Bundle
+from instaflow.models.velocity import network_velocity
 from instaflow.noise import noise as seeded
 
 
@@ -35,6 +36,11 @@ def sample(
     """Latents (B, C, H/f, W/f) of prompts, one seed each, by the model's own sampler; guided away from `negative`."""
     x0 = noise(seeds, bundle.latent_shape(size)).to(bundle.device)
     return integrate(bundle, x0, bundle.encode(prompts), steps=steps, guidance=guidance, negative=negative)
+
+
+def one_step(unet: torch.nn.Module, bundle: Bundle, x0: Tensor, states: Tensor) -> Tensor:
+    """X̂₁ = X₀ + v(X₀, 0 | T) of a U-Net in training, at a bundle's schedule; (B, C, h, w)."""
+    return euler(network_velocity(unet, bundle.card.prediction, bundle.schedule, states), x0, steps=1)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch import Tensor
 from instaflow.errors import BundleError
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import Card
+from instaflow.models.control import Control, controlled
 from instaflow.models.networks import decode_latents
 from instaflow.models.sampling import integrate
 
@@ -79,11 +80,22 @@ class TorchEngine:
         return torch.autocast(self.bundle.device.type, kind, enabled=kind != torch.float32)
 
     @torch.inference_mode()
-    def sample(self, x0: np.ndarray, states: Tensor, *, steps: int, guidance: float, negative: str) -> np.ndarray:
-        """Latents (B, C, h, w) from noise, by the model's own sampler."""
+    def sample(
+        self,
+        x0: np.ndarray,
+        states: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        negative: str,
+        control: Sequence[Control] = (),
+    ) -> np.ndarray:
+        """Latents (B, C, h, w) from noise, by the model's own sampler, under these controls."""
         noise = torch.from_numpy(x0).to(self.bundle.device)
         with self._autocast():
-            latents = integrate(self.bundle, noise, states, steps=steps, guidance=guidance, negative=negative)
+            latents = integrate(
+                controlled(self.bundle, control), noise, states, steps=steps, guidance=guidance, negative=negative
+            )
         array: np.ndarray = latents.float().cpu().numpy()
         return array
 

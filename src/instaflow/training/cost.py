@@ -30,6 +30,7 @@ from instaflow.models.pruned import PrunedUNet
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
     Autoencoder,
+    Control,
     Decoder,
     Distil,
     Evaluate,
@@ -248,6 +249,12 @@ def cost(stage: Stage, recipe: Recipe, networks: Networks | None = None) -> Cost
                 tiny = build_tiny_decoder(stage, own.config.latent_channels)
             flops = forwards * count_flops(lambda: decode_latents(tiny, z))
             flops += images * count_flops(lambda: decode_latents(own, z))
+        case Control():
+            images = stage.train.steps * stage.train.batch_size
+            forwards = TRAINING_STEP * images
+            unet = networks.unet(stage.model)
+            flops = forwards * forward_flops(unet)  # an upper bound: of the U-Net no weight has a gradient
+            memory = step_bytes(unet, stage)
         case Teacher() | Reflow() | Distil():
             images = stage.train.steps * stage.train.batch_size
             forwards = TRAINING_STEP * images

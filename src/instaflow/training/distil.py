@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from instaflow.data.pairs import PairReader
-from instaflow.flow import euler
 from instaflow.models.bundle import Bundle
-from instaflow.models.velocity import network_velocity
+from instaflow.models.sampling import one_step
 from instaflow.recipe import Distil
 from instaflow.training.batches import TextCache, pair_batch
 from instaflow.training.decoded import DecodedDistance
@@ -24,8 +23,7 @@ def distil_stage(spec: Distil, bundle: Bundle, pairs: PairReader) -> Stage:
         return {**part, **perceptual.batch(draw, spec.train.batch_size)} if perceptual else part
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        velocity = network_velocity(network, bundle.card.prediction, bundle.schedule, batch["states"])
-        out = euler(velocity, batch["x0"], steps=1)  # InstaFlow, Alg. 2
+        out = one_step(network, bundle, batch["x0"], batch["states"])  # InstaFlow, Alg. 2
         error = (out.float() - batch["x1"]).square().mean()
         return error + spec.perceptual_weight * perceptual(out, batch["x1"], batch) if perceptual else error
 

@@ -28,11 +28,13 @@ from instaflow.data.prompts import read_prompts
 from instaflow.errors import DataError, RecipeError
 from instaflow.models.bundle import Bundle, load_autoencoder, publish, save_network
 from instaflow.models.card import Card, bundle_hash
+from instaflow.models.control import ControlCard, save_control
 from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import (
     Autoencoder,
+    Control,
     Decoder,
     Distil,
     Evaluate,
@@ -47,6 +49,7 @@ from instaflow.recipe import (
     load_recipe,
 )
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
+from instaflow.training.control import control_stage
 from instaflow.training.decoder import decoder_stage
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_pairs, draw_prompts, drop_prompts
@@ -268,6 +271,8 @@ class Run:
                 draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
             case Decoder():
                 self._decoder(stage, folder)
+            case Control():
+                self._control(stage, folder)
             case Reflow():
                 self._reflow(stage, folder)
             case Distil():
@@ -296,6 +301,29 @@ class Run:
             part = folder / "bundle.tmp"
             save_network(network.vae, part / "vae", half=True)
             publish(part, self.output(stage.name))
+
+    def _control(self, stage: Control, folder: Path) -> None:
+        bundle, source = self.bundle(stage.model), self.output(stage.model)
+        if bundle.card.kind != "one-step":
+            raise RecipeError(
+                f"{stage.name}: {stage.model} is a {bundle.card.kind} model; control wants a one-step one"
+            )
+        if bundle.card.image_size != self.recipe.data.size:
+            raise DataError(f"the data's pictures are {self.recipe.data.size} px, the model's {bundle.card.image_size}")
+        pictures = self.training_pictures  # of any hand: more shapes to follow
+        latents = encode_all(bundle.vae, pictures, self.recipe.data.size)
+        torch.manual_seed(self.recipe.seed)  # the layers that read the picture start at random
+        built = control_stage(stage, bundle, pictures, latents)
+        network: Any = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
+        if self.processes.is_main_process:
+            base = bundle_hash(source)
+            card = ControlCard(
+                kind=stage.control,
+                base=bundle.card.name,
+                base_hash=base,
+                lineage=self.lineage(stage, parent=base, data=content_hash(pictures)),
+            )
+            save_control(network.control, card, self.output(stage.name))
 
     def _check_shape(self, stage: Reflow | Distil | Decoder, bundle: Bundle) -> None:
         shape = read_manifest(self.output(stage.pairs)).shape
