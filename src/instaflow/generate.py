@@ -17,7 +17,7 @@ from PIL import Image
 
 from instaflow import __version__
 from instaflow.errors import PromptError
-from instaflow.images import save_png, to_uint8
+from instaflow.images import save_png, to_png, to_uint8
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
@@ -46,14 +46,9 @@ class Drawing:
     blocked: bool = False
     """The bundle's own safety checker objected, and the picture is black."""
 
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all.
-
-        Raises:
-            PromptError: the path says another format.
-        """
-        if Path(path).suffix.lower() != ".png":
-            raise PromptError(f"{path}: pictures are written as .png")
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A PNG's text chunks: all that the picture is a function of."""
         text = {
             "prompt": self.prompt,
             "seed": str(self.seed),
@@ -70,7 +65,21 @@ class Drawing:
             text["lora"] = self.lora
         if self.blocked:
             text["blocked"] = "by the model's safety checker"
-        save_png(self.image, Path(path), text)
+        return text
+
+    def png(self) -> bytes:
+        """A PNG whose text chunks hold the prompt, seed and model."""
+        return to_png(self.image, self.metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `png`; whole or not at all.
+
+        Raises:
+            PromptError: the path says another format.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise PromptError(f"{path}: pictures are written as .png")
+        save_png(self.image, Path(path), self.metadata)
         return Path(path)
 
 
@@ -150,6 +159,7 @@ class InstaFlow:
         guidance: float | None = None,
         negative: str = "",
         lora_scale: float = 1.0,
+        together: int | None = None,
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -165,6 +175,7 @@ class InstaFlow:
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRA counts; 0 is the model without it.
+            together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -187,7 +198,7 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale)
+        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, together)
 
     def _draw(
         self,
@@ -198,12 +209,13 @@ class InstaFlow:
         size: int,
         negative: str,
         lora_scale: float,
+        together: int | None,
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
         if self.lora:
             from instaflow.models.lora import set_lora_scale
-        together = engine.batch if len(rows) >= MANY else 1
+        together = min(engine.batch, together or (engine.batch if len(rows) >= MANY else 1))
         engine.prepare(together, size)
         for first in range(0, len(rows), together):
             texts, numbers = zip(*rows[first : first + together], strict=True)
