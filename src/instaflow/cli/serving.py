@@ -54,9 +54,7 @@ def serve(
         raise DataError(f"--port={port} is not allowed; use 1 to 65535")
     if queue < 1:
         raise DataError(f"--queue={queue} is not allowed; use 1 or more")
-    key = None
-    if api_key_file is not None and not (key := api_key_file.read_text(encoding="utf-8").strip()):
-        raise DataError(f"--api-key-file {api_key_file} is empty; write the key into it")
+    key = _read_key(api_key_file) if api_key_file else None
     hush()
     import uvicorn
 
@@ -64,7 +62,13 @@ def serve(
     from instaflow.serve.app import Limits, create_app
 
     flow = InstaFlow.load(model, device=device, safety=safety, engine=engine, precision=precision)
-    flow.engine.prepare(flow.engine.batch, flow.engine.card.image_size)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, limits=Limits(queue=queue), api_key=key)
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+
+
+def _read_key(file: Path) -> str:
+    key = file.read_bytes().strip()
+    if not key or not key.isascii():
+        raise DataError(f"--api-key-file {file} is not allowed; it holds one key, in ASCII")
+    return key.decode()

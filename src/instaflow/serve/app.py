@@ -80,7 +80,9 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
     bounds = limits or Limits()
     card = flow.engine.card
     registry = CollectorRegistry()
-    answers = Counter("instaflow_requests", "Answers by status", ["status"], registry=registry)
+    answers = Counter(
+        "instaflow_requests", "Pictures' requests by status, and every refusal", ["status"], registry=registry
+    )
     pictures = Counter("instaflow_pictures", "Pictures drawn", registry=registry)
     batches = Histogram("instaflow_batch", "Pictures a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry)
     seconds = Histogram("instaflow_request_seconds", "From request to answer", registry=registry)
@@ -132,12 +134,18 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
             raise HTTPException(429, f"{bounds.queue} pictures may wait, no more", {"Retry-After": "1"}) from None
         drawn = await _wait(request, waiting, bounds.wait_s)
         seconds.observe(time.perf_counter() - begun)
+        answers.labels(200).inc()
         return {"created": int(time.time()), "data": [_answer(d, body.response_format) for d in drawn]}
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
         """The one model, and what it can be asked for."""
-        what: dict[str, Any] = {"kind": card.kind, "size": card.image_size, "steps": card.steps, "guidance": card.guidance}
+        what: dict[str, Any] = {
+            "kind": card.kind,
+            "size": card.image_size,
+            "steps": card.steps,
+            "guidance": card.guidance,
+        }
         what |= {"max_guidance": card.max_guidance, "styles": card.styles, "engine": flow.engine.name}
         entry = {"id": card.name, "object": "model", "created": 0, "owned_by": "instaflow", "instaflow": what}
         return {"object": "list", "data": [entry]}
@@ -230,6 +238,8 @@ async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s
     finally:
         gone.cancel()
         all_of_them.cancel()
+        for answer in waiting:
+            answer.cancel()
 
 
 async def _disconnected(request: Request) -> None:
