@@ -1,6 +1,6 @@
 """How `instaflow serve` bears load, on loopback; the clients share the processor with it.
 
-python benchmarks/serving.py -o serving.json       start-up, 1, 8 and 64 clients, singly and in batches, overload, sameness
+python benchmarks/serving.py -o serving.json       start-up, load, overload, sameness
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ async def ask(stream: tuple[asyncio.StreamReader, asyncio.StreamWriter], what: d
     """One request on an open connection → status and body."""
     reader, writer = stream
     body = json.dumps(what).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(head.encode() + b"\r\n\r\n" + body)
+    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(b"POST /v1/images/generations HTTP/1.1\r\n" + head.encode() + body)
     lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
     length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length"))
     return int(lines[0].split()[1]), await reader.readexactly(length)
@@ -124,6 +124,7 @@ def memory_mb(process: subprocess.Popen[bytes]) -> float:
 
 
 def main() -> None:
+    """Measure, and write after every part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("serving.json"))
     parser.add_argument("--seconds", type=float, default=8, help="of load at each point")

@@ -216,6 +216,8 @@ class InstaFlow:
         if self.lora:
             from instaflow.models.lora import set_lora_scale
         together = min(engine.batch, together or (engine.batch if len(rows) >= MANY else 1))
+        if size != engine.card.image_size:
+            together = 1  # at 32 pixels one default picture in some 64 rounded differently among 16
         engine.prepare(together, size)
         for first in range(0, len(rows), together):
             texts, numbers = zip(*rows[first : first + together], strict=True)
