@@ -113,7 +113,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
             with contextlib.suppress(asyncio.CancelledError):
                 await worker
 
-    app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=bounds.body_bytes)
 
     def allowed(request: Request) -> None:
