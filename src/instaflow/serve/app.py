@@ -221,7 +221,7 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
 async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s: float) -> list[Drawing]:
     """All of them, or none of them is wanted any more."""
     gone: asyncio.Future[None] = asyncio.create_task(_disconnected(request))
-    all_of_them = asyncio.gather(*waiting)
+    all_of_them = asyncio.create_task(_all(waiting))
     either: set[asyncio.Future[Any]] = {gone, all_of_them}
     try:
         done, _ = await asyncio.wait(either, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
@@ -240,6 +240,10 @@ async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s
         all_of_them.cancel()
         for answer in waiting:
             answer.cancel()
+
+
+async def _all(waiting: list[asyncio.Future[Drawing]]) -> list[Drawing]:
+    return [await answer for answer in waiting]
 
 
 async def _disconnected(request: Request) -> None:
