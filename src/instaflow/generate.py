@@ -17,7 +17,7 @@ from PIL import Image
 
 from instaflow import __version__
 from instaflow.errors import PromptError
-from instaflow.images import save_png, to_uint8
+from instaflow.images import save_png, to_png, to_uint8
 from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
@@ -50,14 +50,9 @@ class Drawing:
     blocked: bool = False
     """The bundle's own safety checker objected, and the picture is black."""
 
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG whose text chunks hold the prompt, seed and model; whole or not at all.
-
-        Raises:
-            PromptError: the path says another format.
-        """
-        if Path(path).suffix.lower() != ".png":
-            raise PromptError(f"{path}: pictures are written as .png")
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A PNG's text chunks: all that the picture is a function of."""
         text = {
             "prompt": self.prompt,
             "seed": str(self.seed),
@@ -74,7 +69,21 @@ class Drawing:
             text["lora"] = self.lora
         if self.blocked:
             text["blocked"] = "by the model's safety checker"
-        save_png(self.image, Path(path), text)
+        return text
+
+    def png(self) -> bytes:
+        """A PNG whose text chunks hold the prompt, seed and model."""
+        return to_png(self.image, self.metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `png`; whole or not at all.
+
+        Raises:
+            PromptError: the path says another format.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise PromptError(f"{path}: pictures are written as .png")
+        save_png(self.image, Path(path), self.metadata)
         return Path(path)
 
 
@@ -158,6 +167,7 @@ class InstaFlow:
         negative: str = "",
         lora_scale: float = 1.0,
         control: Sequence[Control] = (),
+        together: int | None = None,
     ) -> Iterator[Drawing]:
         """Draw one picture a prompt; everything is checked before the first is drawn.
 
@@ -174,6 +184,7 @@ class InstaFlow:
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
             control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
+            together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
         Raises:
             PromptError: an empty or too long prompt, a negative seed, an unknown style, or a size,
@@ -202,7 +213,7 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control)
+        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control, together)
 
     def _draw(
         self,
@@ -214,6 +225,7 @@ class InstaFlow:
         negative: str,
         lora_scale: float,
         control: Sequence[Control],
+        together: int | None,
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
@@ -223,7 +235,9 @@ class InstaFlow:
             from instaflow.models.lora import set_lora_scales
         if control:
             options["control"] = control
-        together = engine.batch if len(rows) >= MANY else 1
+        together = min(engine.batch, together or (engine.batch if len(rows) >= MANY else 1))
+        if size != engine.card.image_size:
+            together = 1  # at 32 pixels one default picture in some 64 rounded differently among 16
         engine.prepare(together, size)
         for first in range(0, len(rows), together):
             texts, numbers = zip(*rows[first : first + together], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +31,22 @@ def grid(pixels: np.ndarray, columns: int) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
-    """Write a PNG with text chunks, whole or not at all."""
+def to_png(image: Image.Image, text: dict[str, str] | None = None) -> bytes:
+    """A PNG with text chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
+    """Write a PNG with text chunks, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     try:
-        image.save(part, format="PNG", pnginfo=info)
+        part.write_bytes(to_png(image, text))
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

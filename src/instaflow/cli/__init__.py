@@ -8,13 +8,14 @@ import sys
 
 from cyclopts import CycloptsError
 
-from instaflow.cli import adapting, compressing, drawing, making
+from instaflow.cli import adapting, compressing, drawing, making, serving
 from instaflow.cli.app import app
 from instaflow.errors import InstaFlowError
 
-__all__ = ["adapting", "app", "compressing", "drawing", "main", "making"]
+__all__ = ["adapting", "app", "compressing", "drawing", "main", "making", "serving"]
 
 DRAWING = {"torch", "diffusers", "transformers", "safetensors", "onnx_ir", "onnxscript"}
+SERVING = {"fastapi", "uvicorn", "prometheus_client"}
 
 GOES_ON = ("run", "train", "control", "pairs", "evaluate", "prune", "personalise")  # where they were broken off
 
@@ -33,7 +34,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("instaflow"):
             raise
-        extra = "torch" if (error.name or "").split(".")[0] in DRAWING else "train,eval"
+        package = (error.name or "").split(".")[0]
+        extra = "torch" if package in DRAWING else "serve" if package in SERVING else "train,eval"
         _fail(f"this needs the package {error.name}: pip install 'instaflow[{extra}]'")
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))

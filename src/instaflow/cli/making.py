@@ -92,7 +92,7 @@ def run(
 def train(
     recipe: Path, *, stage: str, dry_run: bool = False, root: Root = Path("runs"), cache: Cache = Path("data")
 ) -> None:
-    """Train one stage of a recipe, by its name or its kind: autoencoder, decoder, teacher, reflow, distil, …
+    """Train one stage of a recipe, by its name or its kind: teacher, reflow, distil, control and so on.
 
     ```
     instaflow train recipes/emoji.toml --stage teacher

@@ -1,0 +1,74 @@
+"""The verb that serves."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from instaflow.cli.app import Whole, app, hush
+from instaflow.errors import DataError
+
+
+@app.command
+def serve(
+    *,
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: Whole = 8000,
+    queue: Whole = 64,
+    api_key_file: Path | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
+    precision: str | None = None,
+    safety: bool = True,
+) -> None:
+    """Serve a model over HTTP: OpenAI's image endpoint, and a page that draws while you type.
+
+    ```
+    instaflow serve
+    instaflow serve --model runs/emoji/one-step/bundle --port 9000 --api-key-file key.txt
+    ```
+
+    Parameters
+    ----------
+    model
+        A folder, a hub id or a Stable Diffusion 1.x .safetensors file; left out, the default model.
+    host
+        Where to listen; only this machine reaches 127.0.0.1.
+    port
+        1 to 65535.
+    queue
+        Pictures that may wait; more are answered with 429.
+    api_key_file
+        A file with the key that clients must send.
+    device
+        cpu, or where torch is to draw.
+    engine
+        openvino or torch; left out, the faster one that can.
+    precision
+        The engine's precision.
+    safety
+        Run the model's own safety checker, when it has one.
+    """
+    if not 1 <= port <= 65535:
+        raise DataError(f"--port={port} is not allowed; use 1 to 65535")
+    if queue < 1:
+        raise DataError(f"--queue={queue} is not allowed; use 1 or more")
+    key = _read_key(api_key_file) if api_key_file else None
+    hush()
+    import uvicorn
+
+    from instaflow.generate import InstaFlow
+    from instaflow.serve.app import Limits, create_app
+
+    flow = InstaFlow.load(model, device=device, safety=safety, engine=engine, precision=precision)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
+    served = create_app(flow, limits=Limits(queue=queue), api_key=key)
+    uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+
+
+def _read_key(file: Path) -> str:
+    key = file.read_bytes().strip()
+    if not key or not key.isascii():
+        raise DataError(f"--api-key-file {file} is not allowed; it holds one key, in ASCII")
+    return key.decode()

@@ -1,0 +1,1 @@
+"""The HTTP API and its page: what `instaflow serve` starts."""

@@ -1,0 +1,258 @@
+"""The HTTP API: OpenAI's image endpoint over a loaded model.
+
+Not covered: editing and variations of pictures, control nets, LoRA, streaming, accounts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from instaflow import __version__
+from instaflow.errors import PromptError
+from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
+from instaflow.serve.batching import Batcher, Order, QueueFullError
+from instaflow.serve.body import BodyLimit
+
+log = logging.getLogger("instaflow")
+PAGE = Path(__file__).parent / "page"
+SIZE = re.compile(r"(\d{1,5})x\1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one service takes at a time."""
+
+    queue: int = 64
+    """Pictures that wait."""
+    wait_s: float = 30.0
+    """Longest wait for a picture."""
+    pictures: int = 16
+    """Pictures a request."""
+    body_bytes: int = 1 << 20
+
+
+class ImageRequest(BaseModel):
+    """What the OpenAI client sends, and a seed, style, steps and guidance beside it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(max_length=4000)
+    model: str | None = Field(None, max_length=200)
+    n: int = Field(1, ge=1, strict=True)
+    size: str | None = Field(None, max_length=11, description="WIDTHxHEIGHT, square, or auto")
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    user: str | None = Field(None, max_length=200)
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True)
+    style: str | None = Field(None, max_length=100)
+    steps: int | None = Field(None, ge=1, le=1000, strict=True)
+    guidance: float | None = Field(None, ge=1)
+    lora: str | None = Field(None, max_length=100)
+    control: str | None = Field(None, max_length=100)
+
+
+def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+    """The application over one loaded model.
+
+    Args:
+        flow: the model, without a LoRA.
+        limits: of the service.
+        api_key: what clients must send as a bearer token; None asks for none.
+    """
+    bounds = limits or Limits()
+    card = flow.engine.card
+    registry = CollectorRegistry()
+    answers = Counter(
+        "instaflow_requests", "Pictures' requests by status, and every refusal", ["status"], registry=registry
+    )
+    pictures = Counter("instaflow_pictures", "Pictures drawn", registry=registry)
+    batches = Histogram("instaflow_batch", "Pictures a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry)
+    seconds = Histogram("instaflow_request_seconds", "From request to answer", registry=registry)
+
+    def draw(orders: Sequence[Order]) -> list[Drawing]:
+        first, count = orders[0], len(orders)
+        options: dict[str, Any] = {
+            "style": first.style, "size": first.size, "steps": first.steps, "guidance": first.guidance
+        }  # fmt: skip
+        drawn = flow.generate_many(
+            [o.prompt for o in orders], seeds=[o.seed for o in orders], together=count, **options
+        )
+        found = list(drawn)
+        batches.observe(count)
+        pictures.inc(count)
+        return found
+
+    batcher = Batcher(draw, flow.engine.batch, bounds.queue)
+    Gauge("instaflow_waiting", "Pictures in the queue", registry=registry).set_function(lambda: batcher.waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.run())
+        try:
+            yield
+        finally:
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await worker
+
+    app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, limit=bounds.body_bytes)
+
+    def allowed(request: Request) -> None:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key is not None and not hmac.compare_digest(sent.encode(), api_key.encode()):
+            raise HTTPException(401, "a valid API key is needed", {"WWW-Authenticate": "Bearer"})
+
+    guarded = [Depends(allowed)]
+
+    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 413, 429, 500)})
+    async def generations(body: ImageRequest, request: Request) -> dict[str, Any]:
+        """Draw pictures."""
+        begun = time.perf_counter()
+        orders = _orders(flow, body, bounds)
+        try:
+            waiting = batcher.submit(orders)
+        except QueueFullError:
+            raise HTTPException(429, f"{bounds.queue} pictures may wait, no more", {"Retry-After": "1"}) from None
+        drawn = await _wait(request, waiting, bounds.wait_s)
+        seconds.observe(time.perf_counter() - begun)
+        answers.labels(200).inc()
+        return {"created": int(time.time()), "data": [_answer(d, body.response_format) for d in drawn]}
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> dict[str, Any]:
+        """The one model, and what it can be asked for."""
+        what: dict[str, Any] = {
+            "kind": card.kind,
+            "size": card.image_size,
+            "steps": card.steps,
+            "guidance": card.guidance,
+        }
+        what |= {"max_guidance": card.max_guidance, "styles": card.styles, "engine": flow.engine.name}
+        entry = {"id": card.name, "object": "model", "created": 0, "owned_by": "instaflow", "instaflow": what}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {}})
+    async def readyz() -> dict[str, str]:
+        """It takes requests: the queue has room."""
+        if batcher.waiting >= bounds.queue:
+            raise HTTPException(503, "the queue is full")
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    def refuse(status: int, message: str, headers: Any = None, param: str | None = None) -> JSONResponse:
+        answers.labels(status).inc()
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        return JSONResponse(
+            {"error": {"message": message, "type": kind, "param": param, "code": None}}, status, headers
+        )
+
+    @app.exception_handler(AnyHTTPException)
+    async def on_http(_: Request, error: AnyHTTPException) -> JSONResponse:
+        return refuse(error.status_code, error.detail, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"][1:]) or "body"
+        return refuse(400, f"{place[:100]!a}: {first['msg']}", param=place[:100].encode("ascii", "replace").decode())
+
+    @app.exception_handler(PromptError)
+    async def on_prompt(_: Request, error: PromptError) -> JSONResponse:
+        return refuse(400, str(error).encode("utf-8", "backslashreplace").decode())
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    return app
+
+
+def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
+    """One a picture, everything checked: what is queued can be drawn."""
+    card = flow.engine.card
+    if body.n > limits.pictures:
+        raise PromptError(f"n={body.n} is not allowed; use 1 to {limits.pictures}")
+    if body.model not in (None, card.name):
+        raise HTTPException(404, f"there is no such model here; there is: {card.name}")
+    for name, value in (("lora", body.lora), ("control", body.control)):
+        if value is not None:
+            raise PromptError(f"{name}: no {name} is configured here; leave it out")
+    size = card.image_size
+    if body.size not in (None, "auto"):
+        if not (found := SIZE.fullmatch(body.size or "")):
+            raise PromptError("size is not allowed; use WIDTHxHEIGHT with both the same, or auto")
+        size = int(found[1])
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    if seed + body.n - 1 > LARGEST_SEED:
+        raise PromptError(f"seed={seed} with n={body.n} is not allowed; the last seed may be {LARGEST_SEED}")
+    steps = card.steps if body.steps is None else body.steps
+    guidance = card.guidance if body.guidance is None else body.guidance
+    options: dict[str, Any] = {"style": body.style, "size": size, "steps": steps, "guidance": guidance}
+    orders = [Order(prompt=body.prompt, seed=seed + i, **options) for i in range(body.n)]
+    flow.generate_many([body.prompt], seeds=[seed], **options)  # it checks at once and draws when it is read
+    return orders
+
+
+async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s: float) -> list[Drawing]:
+    """All of them, or none of them is wanted any more."""
+    gone: asyncio.Future[None] = asyncio.create_task(_disconnected(request))
+    all_of_them = asyncio.create_task(_all(waiting))
+    either: set[asyncio.Future[Any]] = {gone, all_of_them}
+    try:
+        done, _ = await asyncio.wait(either, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if all_of_them in done:
+            return all_of_them.result()
+        if gone in done:
+            raise HTTPException(499, "the client went away")
+        raise HTTPException(429, f"no picture within {wait_s:g} s", {"Retry-After": "1"})
+    except (HTTPException, asyncio.CancelledError):
+        raise
+    except Exception as error:  # its text may name paths: it is for the log
+        log.error("a picture failed: %s: %s", type(error).__name__, error)
+        raise HTTPException(500, "this picture could not be drawn; the service goes on") from None
+    finally:
+        gone.cancel()
+        all_of_them.cancel()
+        for answer in waiting:
+            answer.cancel()
+
+
+async def _all(waiting: list[asyncio.Future[Drawing]]) -> list[Drawing]:
+    return [await answer for answer in waiting]
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(drawing: Drawing, response_format: str) -> dict[str, Any]:
+    """The picture itself, as base64 or as a data: URL; nothing is kept for a later request."""
+    png = base64.b64encode(drawing.png()).decode()
+    key, value = ("b64_json", png) if response_format == "b64_json" else ("url", f"data:image/png;base64,{png}")
+    return {key: value, "seed": drawing.seed, "latency_ms": round(drawing.latency_ms, 2)}

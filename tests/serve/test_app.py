@@ -1,0 +1,226 @@
+"""The API over a real socket: OpenAI's own client, the same bytes in any batch, and every kind of bad request."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+
+from instaflow.generate import InstaFlow
+from instaflow.serve.app import Limits, create_app
+
+DRAW = "/v1/images/generations"
+PROMPTS = ["a red apple", "cat face", "green frog", "sun"]
+
+
+@contextmanager
+def serving(flow: InstaFlow, **options: object) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(create_app(flow, **options), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def flow() -> InstaFlow:
+    return InstaFlow.load()
+
+
+@pytest.fixture(scope="module")
+def url(flow: InstaFlow) -> Iterator[str]:
+    with serving(flow, limits=Limits(queue=400, body_bytes=10_000)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as found:
+        yield found
+
+
+def png(entry: dict) -> bytes:
+    return base64.b64decode(entry["b64_json"])
+
+
+def test_openais_own_client(url: str, flow: InstaFlow) -> None:
+    quiet = httpx.Client(trust_env=False)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", http_client=quiet)
+    assert [m.id for m in client.models.list()] == [flow.engine.card.name]
+    answer = client.images.generate(
+        model=flow.engine.card.name, prompt="a red apple", n=2, size="64x64", user="me", extra_body={"seed": 7}
+    )
+    drawn = [base64.b64decode(d.b64_json or "") for d in answer.data]
+    assert drawn == [flow.generate("a red apple", seed=s).png() for s in (7, 8)]
+    with Image.open(io.BytesIO(drawn[1])) as picture:
+        assert picture.text["seed"] == "8" and picture.text["model"] == flow.engine.card.name
+    by_url = client.images.generate(prompt="sun", response_format="url").data[0].url
+    assert by_url.startswith("data:image/png;base64,")
+    with pytest.raises(openai.BadRequestError, match="steps=2 is not allowed"):
+        client.images.generate(prompt="sun", extra_body={"steps": 2})
+
+
+def test_a_picture_is_the_same_alone_and_in_the_crowd(client: httpx.Client, flow: InstaFlow) -> None:
+    rng = random.Random(0)
+    asked = [(rng.choice(PROMPTS), rng.randrange(40), rng.choice([64, 64, 64, 32])) for _ in range(240)]
+
+    def ask(what: tuple[str, int, int]) -> bytes:
+        prompt, seed, size = what
+        answer = client.post(DRAW, json={"prompt": prompt, "seed": seed, "size": f"{size}x{size}"})
+        assert answer.status_code == 200, answer.text
+        return png(answer.json()["data"][0])
+
+    with ThreadPoolExecutor(48) as pool:
+        answers = list(pool.map(ask, asked))
+    alone = {w: flow.generate(w[0], seed=w[1], size=w[2]).png() for w in set(asked)}
+    assert answers == [alone[w] for w in asked]
+    assert 'instaflow_batch_bucket{le="8.0"}' in client.get("/metrics").text
+
+
+def corpus() -> list[bytes]:
+    """Bodies that are no request: wrong types and ranges in every field, unknown fields, cuts, noise, depths."""
+    good = {"prompt": "a red apple", "n": 1, "size": "64x64", "seed": 1, "steps": 1, "guidance": 1.0}
+    strange = [
+        [],
+        {},
+        [1],
+        "",
+        "x" * 5000,
+        "\x00",
+        -1,
+        0,
+        1.5,
+        10**30,
+        True,
+        "64x32",
+        "0x0",
+        "99999x99999",
+        "../../etc",
+    ]
+    sound = {
+        ("seed", 0),
+        *(("prompt", v) for v in strange if isinstance(v, str) and v.endswith(("2", "0", "9", "etc"))),
+    }
+    found = []
+    for field in [*good, "response_format", "style", "lora", "control", "model", "nonsense"]:
+        for value in strange:
+            wrong = isinstance(value, list | dict | bool) or (field, value) not in sound
+            if wrong and not (field == "guidance" and value is True):
+                found.append(json.dumps({**good, field: value}).encode())
+    whole = json.dumps(good).encode()
+    found += [whole[:i] for i in range(0, len(whole), 4)]
+    rng = random.Random(1)
+    found += [rng.randbytes(50) for _ in range(50)]
+    found += [
+        b"[" * 9000,
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"guidance": NaN}',
+        b"null",
+        b" " * 20_000,
+    ]
+    return found
+
+
+def test_bad_bodies_are_refused_in_one_clear_line(client: httpx.Client) -> None:
+    bodies = corpus()
+    assert len(bodies) >= 200
+    for body in bodies:
+        answer = client.post(DRAW, content=body, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500, (body[:200], answer.text)
+        said = answer.json()["error"]["message"]
+        assert said and "\n" not in said and "Traceback" not in said and "/src/" not in said
+    assert client.post(DRAW, json={"prompt": "word " * 60}).json()["error"]["message"].startswith("the prompt has 62")
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+
+
+def test_a_full_queue_is_429_and_nothing_else(flow: InstaFlow) -> None:
+    with (
+        serving(flow, limits=Limits(queue=2)) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda i: client.post(DRAW, json={"prompt": "sun", "seed": i}), range(200)))
+        assert {a.status_code for a in answers} == {200, 429}
+        assert all(a.headers["Retry-After"] == "1" for a in answers if a.status_code == 429)
+        assert client.post(DRAW, json={"prompt": "sun"}).status_code == 200
+
+
+def test_a_picture_that_fails_is_500_without_its_reason(flow: InstaFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = flow.engine.decode
+    with serving(flow) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        monkeypatch.setattr(flow.engine, "decode", lambda _: (_ for _ in ()).throw(MemoryError("/secret/place")))
+        answer = client.post(DRAW, json={"prompt": "sun"})
+        assert answer.status_code == 500 and "secret" not in answer.text
+        monkeypatch.setattr(flow.engine, "decode", whole)
+        assert client.post(DRAW, json={"prompt": "sun"}).status_code == 200
+
+
+def test_a_key_is_asked_for(flow: InstaFlow) -> None:
+    with serving(flow, api_key="k") as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        for sent, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer ü".encode()}, 401),
+            ({"Authorization": "Bearer k"}, 200),
+        ):
+            assert client.post(DRAW, json={"prompt": "sun"}, headers=sent).status_code == status
+        assert client.get("/healthz").status_code == 200
+
+
+def test_the_page_names_no_other_host(client: httpx.Client) -> None:
+    for file in ("", "page.js", "page.css"):
+        answer = client.get(f"/{file}")
+        assert answer.status_code == 200 and "//" not in answer.text.replace("// ", "")
+    assert client.get("/../app.py").status_code == client.get("/%2e%2e/app.py").status_code == 404
+
+
+@pytest.mark.parametrize("options", [["--port", "0"], ["--queue", "0"], ["--api-key-file", "empty"]])
+def test_a_mistake_is_one_line(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    words = [sys.executable, "-m", "instaflow", "serve", *options]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and options[0] in done.stderr
+
+
+def test_sigterm_answers_what_was_asked_and_exits_0() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "instaflow", "serve", "--port", str(port)])
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            for _ in range(600):
+                try:
+                    client.get("/readyz")
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            with ThreadPoolExecutor(3) as pool:
+                asked = [pool.submit(client.post, DRAW, json={"prompt": "sun", "n": 16}) for _ in range(3)]
+                while "instaflow_pictures_total 0.0" in client.get("/metrics").text:
+                    time.sleep(0.005)
+                server.send_signal(signal.SIGTERM)
+                assert [a.result().status_code for a in asked] == [200] * 3
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
