@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from instaflow.errors import BundleError, PromptError
 from instaflow.generate import InstaFlow
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import read_card, weight_files
+from instaflow.models.request import LoRA
 from instaflow.noise import noise
+from instaflow.runtime.graphs import traced
 from instaflow.runtime.loading import export, load_engine
 from instaflow.runtime.openvino import OpenVINOEngine
 
@@ -34,8 +37,12 @@ def source(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(source: Path) -> Bundle:
-    return Bundle.load(source)
+def bundle(source: Path) -> Iterator[Bundle]:
+    loaded = Bundle.load(source)
+    graphs = list(traced(loaded))  # once: it takes most of the time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantising, "traced", lambda b: graphs if b is loaded else traced(b))
+        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +156,7 @@ def test_what_a_quantised_model_can_no_longer_do_is_said(made: tuple[Path, list[
     with pytest.raises(BundleError, match=said):
         Bundle.load(made[0])
     with pytest.raises(BundleError, match=said):
-        load_engine(made[0], lora="a.safetensors")
+        load_engine(made[0], loras=[LoRA.read("a.safetensors")])
     with pytest.raises(BundleError, match=said):
         load_engine(made[0], engine="torch")
 
