@@ -19,7 +19,7 @@ from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_png, to_uint8
 from instaflow.models.request import LoRA
-from instaflow.noise import noise
+from instaflow.noise import Walk, noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
 
@@ -42,6 +42,9 @@ class Drawing:
     guidance: float
     latency_ms: float
     """Text to pixels, the batch's time shared by its pictures."""
+    seed2: int | None = None
+    mix: float = 0.0
+    """Where the noise lies between that of `seed` and that of `seed2`."""
     negative: str = ""
     lora: str = ""
     """Each LoRA's name and scale, when the model has any."""
@@ -61,6 +64,8 @@ class Drawing:
             "guidance": f"{self.guidance:g}",
             "software": f"InstaFlow {__version__}",
         }
+        if self.seed2 is not None:
+            text |= {"seed2": str(self.seed2), "mix": repr(self.mix)}
         if self.engine:
             text["engine"] = self.engine
         if self.negative:
@@ -132,7 +137,7 @@ class InstaFlow:
         self,
         prompt: str,
         *,
-        seed: int = 0,
+        seed: int | Walk = 0,
         style: str | None = None,
         size: int | None = None,
         steps: int | None = None,
@@ -159,7 +164,7 @@ class InstaFlow:
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int | Walk],
         style: str | None = None,
         size: int | None = None,
         steps: int | None = None,
@@ -176,7 +181,7 @@ class InstaFlow:
 
         Args:
             prompts: what to draw.
-            seeds: one a prompt, 0 ≤ seed < 2⁶³.
+            seeds: one a prompt, 0 ≤ seed < 2⁶³, or a `Walk` from one to another; its beginning is the first seed.
             style: one of the model's styles; None leaves it to the model.
             size: side in pixels; None takes the model's own.
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
@@ -205,7 +210,11 @@ class InstaFlow:
             )
         if control and not hasattr(self.engine, "bundle"):
             raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
-        for seed in seeds:
+        for walk in (s for s in seeds if isinstance(s, Walk)):
+            if not 0 <= walk.mix <= 1:
+                raise PromptError(f"mix={walk.mix:g} is not allowed; use 0 to 1")
+        seeds = [s.seed if isinstance(s, Walk) and s.mix == 0 else s for s in seeds]
+        for seed in (n for s in seeds for n in (s[:2] if isinstance(s, Walk) else [s])):
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
             if not 0 <= seed <= LARGEST_SEED:
@@ -218,7 +227,7 @@ class InstaFlow:
     def _draw(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        seeds: Sequence[int | Walk],
         steps: int,
         guidance: float,
         size: int,
@@ -260,7 +269,7 @@ class InstaFlow:
                 yield Drawing(
                     image=Image.fromarray(np.zeros_like(pixels[i]) if blocked else pixels[i]),
                     prompt=prompt,
-                    seed=seed,
+                    **(seed._asdict() if isinstance(seed, Walk) else {"seed": seed}),
                     model=engine.card.name,
                     steps=steps,
                     guidance=guidance,

@@ -24,6 +24,7 @@ import uvicorn
 from PIL import Image
 
 from instaflow.generate import InstaFlow
+from instaflow.noise import Walk
 from instaflow.serve.app import Limits, create_app
 
 DRAW = "/v1/images/generations"
@@ -97,6 +98,19 @@ def test_a_picture_is_the_same_alone_and_in_the_crowd(client: httpx.Client, flow
     assert 'instaflow_batch_bucket{le="8.0"}' in client.get("/metrics").text
 
 
+def test_a_walk_between_two_seeds(client: httpx.Client, flow: InstaFlow) -> None:
+    def walk(mix: float) -> list[bytes]:
+        asked = {"prompt": "sun", "n": 2, "seed": 7, "seed2": 30, "mix": mix}
+        return [png(d) for d in client.post(DRAW, json=asked).json()["data"]]
+
+    assert walk(0) == [flow.generate("sun", seed=s).png() for s in (7, 8)]
+    assert walk(0.5) == [flow.generate("sun", seed=Walk(s, t, 0.5)).png() for s, t in ((7, 30), (8, 31))]
+    assert walk(0.5) != walk(0.6)
+    with Image.open(io.BytesIO(walk(0.5)[0])) as picture:
+        assert (picture.text["seed"], picture.text["seed2"], picture.text["mix"]) == ("7", "30", "0.5")
+    assert "needs seed2" in client.post(DRAW, json={"prompt": "sun", "mix": 0.5}).text
+
+
 def corpus() -> list[bytes]:
     """Bodies that are no request: wrong types and ranges in every field, unknown fields, cuts, noise, depths."""
     good = {"prompt": "a red apple", "n": 1, "size": "64x64", "seed": 1, "steps": 1, "guidance": 1.0}
@@ -119,10 +133,12 @@ def corpus() -> list[bytes]:
     ]
     sound = {
         ("seed", 0),
+        ("seed2", 0),
+        ("mix", 0),
         *(("prompt", v) for v in strange if isinstance(v, str) and v.endswith(("2", "0", "9", "etc"))),
     }
     found = []
-    for field in [*good, "response_format", "style", "lora", "control", "model", "nonsense"]:
+    for field in [*good, "response_format", "seed2", "mix", "style", "lora", "control", "model", "nonsense"]:
         for value in strange:
             wrong = isinstance(value, list | dict | bool) or (field, value) not in sound
             if wrong and not (field == "guidance" and value is True):

@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
+from instaflow.noise import Walk
 from instaflow.serve.batching import Batcher, Order, QueueFullError
 from instaflow.serve.body import BodyLimit
 
@@ -51,7 +52,7 @@ class Limits:
 
 
 class ImageRequest(BaseModel):
-    """What the OpenAI client sends, and a seed, style, steps and guidance beside it."""
+    """What the OpenAI client sends, and beside it a seed or two, style, steps and guidance."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -62,6 +63,8 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json", "url"] = "b64_json"
     user: str | None = Field(None, max_length=200)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True)
+    seed2: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True, description="Where `mix` leads from `seed`")
+    mix: float = Field(0, ge=0, le=1, strict=True, description="0 is the noise of seed, 1 that of seed2")
     style: str | None = Field(None, max_length=100)
     steps: int | None = Field(None, ge=1, le=1000, strict=True)
     guidance: float | None = Field(None, ge=1)
@@ -208,13 +211,17 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
             raise PromptError("size is not allowed; use WIDTHxHEIGHT with both the same, or auto")
         size = int(found[1])
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    if seed + body.n - 1 > LARGEST_SEED:
-        raise PromptError(f"seed={seed} with n={body.n} is not allowed; the last seed may be {LARGEST_SEED}")
+    if body.mix and body.seed2 is None:
+        raise PromptError(f"mix={body.mix:g} needs seed2, where it leads")
+    for name, number in (("seed", seed), ("seed2", body.seed2 or 0)):
+        if number + body.n - 1 > LARGEST_SEED:
+            raise PromptError(f"{name}={number} with n={body.n} is not allowed; the last may be {LARGEST_SEED}")
     steps = card.steps if body.steps is None else body.steps
     guidance = card.guidance if body.guidance is None else body.guidance
     options: dict[str, Any] = {"style": body.style, "size": size, "steps": steps, "guidance": guidance}
-    orders = [Order(prompt=body.prompt, seed=seed + i, **options) for i in range(body.n)]
-    flow.generate_many([body.prompt], seeds=[seed], **options)  # it checks at once and draws when it is read
+    seeds = [seed + i if body.seed2 is None else Walk(seed + i, body.seed2 + i, body.mix) for i in range(body.n)]
+    orders = [Order(prompt=body.prompt, seed=s, **options) for s in seeds]
+    flow.generate_many([body.prompt], seeds=seeds[:1], **options)  # it checks at once and draws when it is read
     return orders
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from instaflow.generate import Drawing
+from instaflow.noise import Walk
 
 
 class QueueFullError(Exception):
@@ -20,7 +21,7 @@ class Order:
     """One picture; those that differ in prompt and seed alone can be drawn together."""
 
     prompt: str
-    seed: int
+    seed: int | Walk
     style: str | None
     size: int
     steps: int
