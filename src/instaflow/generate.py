@@ -47,7 +47,7 @@ class Drawing:
     """Where the noise lies between that of `seed` and that of `seed2`."""
     negative: str = ""
     lora: str = ""
-    """Each LoRA's name and scale, when the model has any."""
+    """Name and scale of each LoRA that counts."""
     engine: str = ""
     """What drew it, and in which precision."""
     blocked: bool = False
@@ -143,7 +143,7 @@ class InstaFlow:
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
-        lora_scale: float = 1.0,
+        lora_scale: float | Sequence[float] = 1.0,
         control: Sequence[Control] = (),
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
@@ -170,7 +170,7 @@ class InstaFlow:
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
-        lora_scale: float = 1.0,
+        lora_scale: float | Sequence[float] = 1.0,
         control: Sequence[Control] = (),
         together: int | None = None,
     ) -> Iterator[Drawing]:
@@ -187,7 +187,8 @@ class InstaFlow:
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
-            lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
+            lora_scale: how much of the LoRAs counts, times the scale of each, or a number for each of them; 0 is the
+                model without them.
             control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
             together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
@@ -203,11 +204,12 @@ class InstaFlow:
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         if lora_scale != 1.0 and not self.loras:
-            raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
+            raise PromptError(f"lora_scale={lora_scale} is for a LoRA, and {card.name!r} was loaded without one")
         if lora_scale != 1.0 and not hasattr(self.engine, "bundle"):
-            raise PromptError(
-                f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
-            )
+            raise PromptError(f"lora_scale={lora_scale}: {self.engine.name} has its LoRAs fused; load it at that scale")
+        scales = lora_scale if isinstance(lora_scale, Sequence) else [lora_scale] * len(self.loras)
+        if len(scales) != len(self.loras):
+            raise PromptError(f"lora_scale={lora_scale} is not allowed; use one number, or {len(self.loras)}")
         if control and not hasattr(self.engine, "bundle"):
             raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
         for walk in (s for s in seeds if isinstance(s, Walk)):
@@ -222,7 +224,7 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control, together)
+        return self._draw(texts, seeds, steps, guidance, size, negative, scales, control, together)
 
     def _draw(
         self,
@@ -232,13 +234,13 @@ class InstaFlow:
         guidance: float,
         size: int,
         negative: str,
-        lora_scale: float,
+        lora_scales: Sequence[float],
         control: Sequence[Control],
         together: int | None,
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
-        loras = [lora._replace(scale=lora_scale * lora.scale) for lora in self.loras]
+        loras = [lora._replace(scale=s * lora.scale) for s, lora in zip(lora_scales, self.loras, strict=True)]
         scaled = bool(loras) and hasattr(engine, "bundle")  # torch's; on the CPU engine they are fused
         if scaled:
             from instaflow.models.lora import set_lora_scales
@@ -275,7 +277,7 @@ class InstaFlow:
                     guidance=guidance,
                     latency_ms=latency_ms,
                     negative=negative,
-                    lora=", ".join(lora.name for lora in loras),
+                    lora=", ".join(lora.name for lora in loras if lora.scale),
                     engine=engine.name,
                     blocked=blocked,
                 )

@@ -1,6 +1,6 @@
 """The HTTP API: OpenAI's image endpoint over a loaded model.
 
-Not covered: editing and variations of pictures, control nets, LoRA, streaming, accounts.
+Not covered: editing and variations of pictures, control nets, streaming, accounts. No request carries a picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -51,6 +51,9 @@ class Limits:
     body_bytes: int = 1 << 20
 
 
+LoRAScale = Annotated[float, Field(ge=-2, le=2, strict=True)]
+
+
 class ImageRequest(BaseModel):
     """What the OpenAI client sends, and beside it a seed or two, style, steps and guidance."""
 
@@ -68,7 +71,7 @@ class ImageRequest(BaseModel):
     style: str | None = Field(None, max_length=100)
     steps: int | None = Field(None, ge=1, le=1000, strict=True)
     guidance: float | None = Field(None, ge=1)
-    lora: str | None = Field(None, max_length=100)
+    lora: dict[str, LoRAScale] = Field({}, max_length=100, description="LoRAs by name, each with its scale")
     control: str | None = Field(None, max_length=100)
 
 
@@ -76,7 +79,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
     """The application over one loaded model.
 
     Args:
-        flow: the model, without a LoRA.
+        flow: the model; requests choose among its LoRAs by the names of their files.
         limits: of the service.
         api_key: what clients must send as a bearer token; None asks for none.
     """
@@ -95,6 +98,8 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         options: dict[str, Any] = {
             "style": first.style, "size": first.size, "steps": first.steps, "guidance": first.guidance
         }  # fmt: skip
+        if first.lora:
+            options["lora_scale"] = first.lora
         drawn = flow.generate_many(
             [o.prompt for o in orders], seeds=[o.seed for o in orders], together=count, **options
         )
@@ -150,6 +155,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
             "guidance": card.guidance,
         }
         what |= {"max_guidance": card.max_guidance, "styles": card.styles, "engine": flow.engine.name}
+        what["loras"] = _lora_names(flow)
         entry = {"id": card.name, "object": "model", "created": 0, "owned_by": "instaflow", "instaflow": what}
         return {"object": "list", "data": [entry]}
 
@@ -202,9 +208,11 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
         raise PromptError(f"n={body.n} is not allowed; use 1 to {limits.pictures}")
     if body.model not in (None, card.name):
         raise HTTPException(404, f"there is no such model here; there is: {card.name}")
-    for name, value in (("lora", body.lora), ("control", body.control)):
-        if value is not None:
-            raise PromptError(f"{name}: no {name} is configured here; leave it out")
+    if body.control is not None:
+        raise PromptError("control: no control is configured here; leave it out")
+    loras = _lora_names(flow)
+    if body.lora.keys() - loras:
+        raise PromptError(f"there is no such lora here; there is: {', '.join(loras) or 'none'}")
     size = card.image_size
     if body.size not in (None, "auto"):
         if not (found := SIZE.fullmatch(body.size or "")):
@@ -220,9 +228,14 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
     guidance = card.guidance if body.guidance is None else body.guidance
     options: dict[str, Any] = {"style": body.style, "size": size, "steps": steps, "guidance": guidance}
     seeds = [seed + i if body.seed2 is None else Walk(seed + i, body.seed2 + i, body.mix) for i in range(body.n)]
-    orders = [Order(prompt=body.prompt, seed=s, **options) for s in seeds]
+    lora = tuple(body.lora.get(name, 0.0) for name in loras)
+    orders = [Order(prompt=body.prompt, seed=s, lora=lora, **options) for s in seeds]
     flow.generate_many([body.prompt], seeds=seeds[:1], **options)  # it checks at once and draws when it is read
     return orders
+
+
+def _lora_names(flow: InstaFlow) -> list[str]:
+    return [Path(lora.source).stem for lora in flow.loras]
 
 
 async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s: float) -> list[Drawing]:

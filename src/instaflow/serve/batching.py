@@ -26,11 +26,13 @@ class Order:
     size: int
     steps: int
     guidance: float
+    lora: tuple[float, ...] = ()
+    """A scale for each of the model's LoRAs."""
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What must be the same in a batch."""
-        return self.style, self.size, self.steps, self.guidance
+        return self.style, self.size, self.steps, self.guidance, self.lora
 
 
 Draw = Callable[[Sequence[Order]], list[Drawing]]
