@@ -43,6 +43,7 @@ class Visit:
 
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.page = browser.new_context(**{"locale": "en-GB", **options}).new_page()
+        self.page.set_default_timeout(15_000)
         self.asked: list[str] = []
         self.errors: list[str] = []
         self.page.on("request", lambda r: self.asked.append(r.url))

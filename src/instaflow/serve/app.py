@@ -108,18 +108,23 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         pictures.inc(count)
         return found
 
-    batcher = Batcher(draw, flow.engine.batch, bounds.queue)
+    batcher = Batcher(draw, 1, bounds.queue)
     Gauge("instaflow_waiting", "Pictures in the queue", registry=registry).set_function(lambda: batcher.waiting)
+
+    async def prepare() -> None:
+        """What draws several at a time; till then they are drawn one by one, and nobody waits for it."""
+        await asyncio.to_thread(flow.engine.prepare, flow.engine.batch, card.image_size)
+        batcher.batch = flow.engine.batch
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(batcher.run())
+        works = [asyncio.create_task(batcher.run()), asyncio.create_task(prepare())]
         try:
             yield
         finally:
-            worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await worker
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=bounds.body_bytes)

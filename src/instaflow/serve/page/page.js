@@ -67,7 +67,7 @@ async function draw() {
     }
     if (mine < asked) return; // a later one is on its way and may be right
     if (answer.status === 429) again(text.busy);
-    else tell(/\p{Script=Cyrillic}/u.test(body.prompt) ? text.cyrillic : found.error.message);
+    else tell(kindly(body.prompt) || found.error.message);
   } catch (error) {
     if (error.name !== "AbortError" && mine === asked) again(text.away);
   } finally {
@@ -75,6 +75,8 @@ async function draw() {
     if (!flying.length) $("row").removeAttribute("aria-busy");
   }
 }
+
+const kindly = (words) => (/\p{Script=Cyrillic}/u.test(words) ? text.cyrillic : "");
 
 function tell(words) { $("note").textContent = words; }
 
@@ -84,7 +86,7 @@ function again(words) {
 }
 
 function show(body, data, ms) {
-  tell("");
+  tell(kindly(body.prompt));
   $("time").textContent = ms < 10000 ? `${ms} ${text.ms}` : `${Math.round(ms / 1000)} ${text.seconds}`;
   data.forEach((drawn, i) => {
     const link = $("row").children[i], words = text.alt(body.prompt, drawn.seed);
