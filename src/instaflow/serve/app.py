@@ -136,7 +136,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
 
     guarded = [Depends(allowed)]
 
-    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 413, 429, 500)})
+    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 404, 413, 429, 500)})
     async def generations(body: ImageRequest, request: Request) -> dict[str, Any]:
         """Draw pictures."""
         begun = time.perf_counter()
