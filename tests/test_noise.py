@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instaflow.noise import noise
+from instaflow.noise import Walk, noise, slerp
 
 SEEDS = [*range(64), 2**31 + 5, 2**32 - 1, 2**32 + 5, 2**63 - 1]
 
@@ -31,6 +31,16 @@ def test_it_is_the_same_everywhere() -> None:
 def test_each_row_depends_on_its_seed_alone() -> None:
     assert (noise([3, 1, 4], (4, 4, 4))[2] == noise([4], (4, 4, 4))[0]).all()
     assert noise([], (4, 4, 4)).shape == (0, 4, 4, 4)
+
+
+def test_a_walk_goes_from_one_seed_to_another_on_a_circle() -> None:
+    shape = (16, 8, 8)
+    walk = noise([Walk(7, 8, m) for m in (0, 0.25, 0.5, 0.75, 1)] + [Walk(7, 7, 0.3)], shape)
+    ends = noise([7, 8], shape)
+    assert (walk[0] == ends[0]).all() and (walk[4] == ends[1]).all() and (walk[5] == ends[0]).all()
+    assert np.abs(walk[1:4].std(axis=(1, 2, 3)) - 1).max() < 0.05  # where a straight line would have √½
+    right = slerp(np.array([1, 0], np.float32), np.array([0, 2], np.float32), 1 / 3)
+    assert np.allclose(right, [np.sqrt(3) / 2, 1])
 
 
 def test_it_is_normal() -> None:

@@ -19,7 +19,7 @@ from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_png, to_uint8
 from instaflow.models.request import LoRA
-from instaflow.noise import noise
+from instaflow.noise import Walk, noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
 
@@ -42,9 +42,12 @@ class Drawing:
     guidance: float
     latency_ms: float
     """Text to pixels, the batch's time shared by its pictures."""
+    seed2: int | None = None
+    mix: float = 0.0
+    """Where the noise lies between that of `seed` and that of `seed2`."""
     negative: str = ""
     lora: str = ""
-    """Each LoRA's name and scale, when the model has any."""
+    """Name and scale of each LoRA that counts."""
     engine: str = ""
     """What drew it, and in which precision."""
     blocked: bool = False
@@ -61,6 +64,8 @@ class Drawing:
             "guidance": f"{self.guidance:g}",
             "software": f"InstaFlow {__version__}",
         }
+        if self.seed2 is not None:
+            text |= {"seed2": str(self.seed2), "mix": repr(self.mix)}
         if self.engine:
             text["engine"] = self.engine
         if self.negative:
@@ -132,13 +137,13 @@ class InstaFlow:
         self,
         prompt: str,
         *,
-        seed: int = 0,
+        seed: int | Walk = 0,
         style: str | None = None,
         size: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
-        lora_scale: float = 1.0,
+        lora_scale: float | Sequence[float] = 1.0,
         control: Sequence[Control] = (),
     ) -> Drawing:
         """Draw one picture. See `generate_many`."""
@@ -159,13 +164,13 @@ class InstaFlow:
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int | Walk],
         style: str | None = None,
         size: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         negative: str = "",
-        lora_scale: float = 1.0,
+        lora_scale: float | Sequence[float] = 1.0,
         control: Sequence[Control] = (),
         together: int | None = None,
     ) -> Iterator[Drawing]:
@@ -176,13 +181,14 @@ class InstaFlow:
 
         Args:
             prompts: what to draw.
-            seeds: one a prompt, 0 ≤ seed < 2⁶³.
+            seeds: one a prompt, 0 ≤ seed < 2⁶³, or a `Walk` from one to another; its beginning is the first seed.
             style: one of the model's styles; None leaves it to the model.
             size: side in pixels; None takes the model's own.
             steps: network evaluations a picture; None takes the model's own (1 for a one-step model).
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
-            lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
+            lora_scale: how much of the LoRAs counts, times the scale of each, or a number for each of them; 0 is the
+                model without them.
             control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
             together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
@@ -198,14 +204,19 @@ class InstaFlow:
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         if lora_scale != 1.0 and not self.loras:
-            raise PromptError(f"lora_scale={lora_scale:g} is for a LoRA, and {card.name!r} was loaded without one")
+            raise PromptError(f"lora_scale={lora_scale} is for a LoRA, and {card.name!r} was loaded without one")
         if lora_scale != 1.0 and not hasattr(self.engine, "bundle"):
-            raise PromptError(
-                f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
-            )
+            raise PromptError(f"lora_scale={lora_scale}: {self.engine.name} has its LoRAs fused; load it at that scale")
+        scales = lora_scale if isinstance(lora_scale, Sequence) else [lora_scale] * len(self.loras)
+        if len(scales) != len(self.loras):
+            raise PromptError(f"lora_scale={lora_scale} is not allowed; use one number, or {len(self.loras)}")
         if control and not hasattr(self.engine, "bundle"):
             raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
-        for seed in seeds:
+        for walk in (s for s in seeds if isinstance(s, Walk)):
+            if not 0 <= walk.mix <= 1:
+                raise PromptError(f"mix={walk.mix:g} is not allowed; use 0 to 1")
+        seeds = [s.seed if isinstance(s, Walk) and s.mix == 0 else s for s in seeds]
+        for seed in (n for s in seeds for n in (s[:2] if isinstance(s, Walk) else [s])):
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
             if not 0 <= seed <= LARGEST_SEED:
@@ -213,23 +224,23 @@ class InstaFlow:
         texts = [f"{p}, {style}" if style else p for p in prompts]
         for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
-        return self._draw(texts, seeds, steps, guidance, size, negative, lora_scale, control, together)
+        return self._draw(texts, seeds, steps, guidance, size, negative, scales, control, together)
 
     def _draw(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        seeds: Sequence[int | Walk],
         steps: int,
         guidance: float,
         size: int,
         negative: str,
-        lora_scale: float,
+        lora_scales: Sequence[float],
         control: Sequence[Control],
         together: int | None,
     ) -> Iterator[Drawing]:
         engine, rows = self.engine, list(zip(prompts, seeds, strict=True))
         options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
-        loras = [lora._replace(scale=lora_scale * lora.scale) for lora in self.loras]
+        loras = [lora._replace(scale=s * lora.scale) for s, lora in zip(lora_scales, self.loras, strict=True)]
         scaled = bool(loras) and hasattr(engine, "bundle")  # torch's; on the CPU engine they are fused
         if scaled:
             from instaflow.models.lora import set_lora_scales
@@ -260,13 +271,13 @@ class InstaFlow:
                 yield Drawing(
                     image=Image.fromarray(np.zeros_like(pixels[i]) if blocked else pixels[i]),
                     prompt=prompt,
-                    seed=seed,
+                    **(seed._asdict() if isinstance(seed, Walk) else {"seed": seed}),
                     model=engine.card.name,
                     steps=steps,
                     guidance=guidance,
                     latency_ms=latency_ms,
                     negative=negative,
-                    lora=", ".join(lora.name for lora in loras),
+                    lora=", ".join(lora.name for lora in loras if lora.scale),
                     engine=engine.name,
                     blocked=blocked,
                 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +31,43 @@ SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 QUARTER_PI = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)  # −π/4, in three parts
 
 
-def noise(seeds: Sequence[int], shape: Sequence[int]) -> Floats:
+class Walk(NamedTuple):
+    """In place of a seed: a point on the way from one seed's noise to another's."""
+
+    seed: int
+    seed2: int
+    mix: float
+    """0 is the first's noise, 1 the second's."""
+
+
+def noise(seeds: Sequence[int | Walk], shape: Sequence[int]) -> Floats:
     """X₀ ~ N(0, I), (B, *shape) fp32; each row depends on its seed alone. Of a seed, the lowest 32 bits count.
 
     Raises:
         ValueError: a row has fewer than 16 numbers, which torch draws in another way.
     """
+    x0 = _normal([s.seed if isinstance(s, Walk) else s for s in seeds], shape)
+    for i, walk in enumerate(seeds):
+        if isinstance(walk, Walk):
+            x0[i] = slerp(x0[i], _normal([walk.seed2], shape)[0], walk.mix)
+    return x0
+
+
+def slerp(a: Floats, b: Floats, mix: float) -> Floats:
+    """From a (mix 0, to the bit) along the great circle to b (mix 1): noise on the way is as long as noise is.
+
+    Source: Shoemake 1985, "Animating rotation with quaternion curves".
+    """
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    cosine = np.sum(x * y) / np.sqrt(np.sum(x * x) * np.sum(y * y))
+    angle = math.acos(min(1.0, max(-1.0, float(cosine))))
+    if math.sin(angle) < 1e-6:  # the same noise twice
+        return a
+    both = math.sin((1 - mix) * angle) / math.sin(angle) * x + math.sin(mix * angle) / math.sin(angle) * y
+    return both.astype(np.float32)
+
+
+def _normal(seeds: Sequence[int], shape: Sequence[int]) -> Floats:
     size = math.prod(shape)
     if size < BLOCK:
         raise ValueError(f"noise of {size} numbers is not made here; at least {BLOCK}")

@@ -10,45 +10,28 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 from instaflow.generate import InstaFlow
-from instaflow.serve.app import Limits, create_app
+from instaflow.noise import Walk
+from instaflow.serve.app import Limits
 
 DRAW = "/v1/images/generations"
+Serving = Callable[..., AbstractContextManager[str]]
 PROMPTS = ["a red apple", "cat face", "green frog", "sun"]
 
 
-@contextmanager
-def serving(flow: InstaFlow, **options: object) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(flow, **options), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="module")
-def flow() -> InstaFlow:
-    return InstaFlow.load()
-
-
-@pytest.fixture(scope="module")
-def url(flow: InstaFlow) -> Iterator[str]:
+def url(serving: Serving, flow: InstaFlow) -> Iterator[str]:
     with serving(flow, limits=Limits(queue=400, body_bytes=10_000)) as found:
         yield found
 
@@ -97,6 +80,19 @@ def test_a_picture_is_the_same_alone_and_in_the_crowd(client: httpx.Client, flow
     assert 'instaflow_batch_bucket{le="8.0"}' in client.get("/metrics").text
 
 
+def test_a_walk_between_two_seeds(client: httpx.Client, flow: InstaFlow) -> None:
+    def walk(mix: float) -> list[bytes]:
+        asked = {"prompt": "sun", "n": 2, "seed": 7, "seed2": 30, "mix": mix}
+        return [png(d) for d in client.post(DRAW, json=asked).json()["data"]]
+
+    assert walk(0) == [flow.generate("sun", seed=s).png() for s in (7, 8)]
+    assert walk(0.5) == [flow.generate("sun", seed=Walk(s, t, 0.5)).png() for s, t in ((7, 30), (8, 31))]
+    assert walk(0.5) != walk(0.6)
+    with Image.open(io.BytesIO(walk(0.5)[0])) as picture:
+        assert (picture.text["seed"], picture.text["seed2"], picture.text["mix"]) == ("7", "30", "0.5")
+    assert "needs seed2" in client.post(DRAW, json={"prompt": "sun", "mix": 0.5}).text
+
+
 def corpus() -> list[bytes]:
     """Bodies that are no request: wrong types and ranges in every field, unknown fields, cuts, noise, depths."""
     good = {"prompt": "a red apple", "n": 1, "size": "64x64", "seed": 1, "steps": 1, "guidance": 1.0}
@@ -119,13 +115,15 @@ def corpus() -> list[bytes]:
     ]
     sound = {
         ("seed", 0),
+        ("seed2", 0),
+        ("mix", 0),
         *(("prompt", v) for v in strange if isinstance(v, str) and v.endswith(("2", "0", "9", "etc"))),
     }
     found = []
-    for field in [*good, "response_format", "style", "lora", "control", "model", "nonsense"]:
+    for field in [*good, "response_format", "seed2", "mix", "style", "lora", "control", "model", "nonsense"]:
         for value in strange:
             wrong = isinstance(value, list | dict | bool) or (field, value) not in sound
-            if wrong and not (field == "guidance" and value is True):
+            if wrong and (field, value) not in (("guidance", True), ("lora", {})):
                 found.append(json.dumps({**good, field: value}).encode())
     whole = json.dumps(good).encode()
     found += [whole[:i] for i in range(0, len(whole), 4)]
@@ -154,7 +152,7 @@ def test_bad_bodies_are_refused_in_one_clear_line(client: httpx.Client) -> None:
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
 
 
-def test_a_full_queue_is_429_and_nothing_else(flow: InstaFlow) -> None:
+def test_a_full_queue_is_429_and_nothing_else(serving: Serving, flow: InstaFlow) -> None:
     with (
         serving(flow, limits=Limits(queue=2)) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
@@ -166,7 +164,9 @@ def test_a_full_queue_is_429_and_nothing_else(flow: InstaFlow) -> None:
         assert client.post(DRAW, json={"prompt": "sun"}).status_code == 200
 
 
-def test_a_picture_that_fails_is_500_without_its_reason(flow: InstaFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_fails_is_500_without_its_reason(
+    serving: Serving, flow: InstaFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = flow.engine.decode
     with serving(flow) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         monkeypatch.setattr(flow.engine, "decode", lambda _: (_ for _ in ()).throw(MemoryError("/secret/place")))
@@ -176,7 +176,7 @@ def test_a_picture_that_fails_is_500_without_its_reason(flow: InstaFlow, monkeyp
         assert client.post(DRAW, json={"prompt": "sun"}).status_code == 200
 
 
-def test_a_key_is_asked_for(flow: InstaFlow) -> None:
+def test_a_key_is_asked_for(serving: Serving, flow: InstaFlow) -> None:
     with serving(flow, api_key="k") as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         for sent, status in (
             ({}, 401),

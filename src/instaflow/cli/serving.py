@@ -17,6 +17,7 @@ def serve(
     port: Whole = 8000,
     queue: Whole = 64,
     api_key_file: Path | None = None,
+    loras: Path | None = None,
     device: str = "cpu",
     engine: str | None = None,
     precision: str | None = None,
@@ -41,6 +42,8 @@ def serve(
         Pictures that may wait; more are answered with 429.
     api_key_file
         A file with the key that clients must send.
+    loras
+        A folder of .safetensors LoRAs for this model, which requests mix by name; torch draws then.
     device
         cpu, or where torch is to draw.
     engine
@@ -55,13 +58,18 @@ def serve(
     if queue < 1:
         raise DataError(f"--queue={queue} is not allowed; use 1 or more")
     key = _read_key(api_key_file) if api_key_file else None
+    if loras is not None and engine == "openvino":
+        raise DataError("--loras needs --engine=torch: the engine openvino has its LoRAs fused")
+    files = sorted(loras.glob("*.safetensors")) if loras else []
+    if loras is not None and not files:
+        raise DataError(f"--loras {loras} is not allowed; use a folder with .safetensors files")
     hush()
     import uvicorn
 
     from instaflow.generate import InstaFlow
     from instaflow.serve.app import Limits, create_app
 
-    flow = InstaFlow.load(model, device=device, safety=safety, engine=engine, precision=precision)
+    flow = InstaFlow.load(model, lora=files, device=device, safety=safety, engine=engine, precision=precision)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, limits=Limits(queue=queue), api_key=key)
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)

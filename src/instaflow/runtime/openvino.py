@@ -26,6 +26,7 @@ PARTS = ("text_encoder", "unet", "vae")
 FILES = ("unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
 SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
 BATCHES = (1, 16)  # rows that graphs of small models are compiled for
+FILLED = 5  # rows from which on sixteen at once are quicker than one by one
 
 
 def has_graphs(folder: Path) -> bool:
@@ -116,9 +117,13 @@ class OpenVINOEngine:
 
     def prepare(self, count: int, size: int) -> None:
         """Compile what so many pictures of this size will need."""
-        for batch in {b for b in self.batches if b <= count} | {self.batches[0]}:
+        for batch in {self._rows(left) for left in range(1, count + 1)}:
             for part in PARTS:
                 self._graph(part, batch, size)
+
+    def _rows(self, left: int) -> int:
+        """Of a graph that draws the next of so many pictures."""
+        return self.batches[-1] if left >= FILLED else self.batches[0]
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -172,7 +177,7 @@ class OpenVINOEngine:
         """A graph on all rows, so many at a time as it is compiled for; the last ones are repeated to fill up."""
         rows, start, parts = len(inputs[0]), 0, []
         while start < rows:
-            batch = max(b for b in self.batches if b <= max(rows - start, self.batches[0]))
+            batch = self._rows(rows - start)
             taken = [x[start : start + batch] for x in inputs]
             filled = [np.resize(x, (batch, *x.shape[1:])) for x in taken]
             request = self._graph(part, batch, size)

@@ -1,6 +1,6 @@
 """The HTTP API: OpenAI's image endpoint over a loaded model.
 
-Not covered: editing and variations of pictures, control nets, LoRA, streaming, accounts.
+Not covered: editing and variations of pictures, control nets, streaming, accounts. No request carries a picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
+from instaflow.noise import Walk
 from instaflow.serve.batching import Batcher, Order, QueueFullError
 from instaflow.serve.body import BodyLimit
 
@@ -50,8 +51,11 @@ class Limits:
     body_bytes: int = 1 << 20
 
 
+LoRAScale = Annotated[float, Field(ge=-2, le=2, strict=True)]
+
+
 class ImageRequest(BaseModel):
-    """What the OpenAI client sends, and a seed, style, steps and guidance beside it."""
+    """What the OpenAI client sends, and beside it a seed or two, style, steps and guidance."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -62,10 +66,12 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json", "url"] = "b64_json"
     user: str | None = Field(None, max_length=200)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True)
+    seed2: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True, description="Where `mix` leads from `seed`")
+    mix: float = Field(0, ge=0, le=1, strict=True, description="0 is the noise of seed, 1 that of seed2")
     style: str | None = Field(None, max_length=100)
     steps: int | None = Field(None, ge=1, le=1000, strict=True)
     guidance: float | None = Field(None, ge=1)
-    lora: str | None = Field(None, max_length=100)
+    lora: dict[str, LoRAScale] = Field({}, max_length=100, description="LoRAs by name, each with its scale")
     control: str | None = Field(None, max_length=100)
 
 
@@ -73,7 +79,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
     """The application over one loaded model.
 
     Args:
-        flow: the model, without a LoRA.
+        flow: the model; requests choose among its LoRAs by the names of their files.
         limits: of the service.
         api_key: what clients must send as a bearer token; None asks for none.
     """
@@ -92,6 +98,8 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         options: dict[str, Any] = {
             "style": first.style, "size": first.size, "steps": first.steps, "guidance": first.guidance
         }  # fmt: skip
+        if first.lora:
+            options["lora_scale"] = first.lora
         drawn = flow.generate_many(
             [o.prompt for o in orders], seeds=[o.seed for o in orders], together=count, **options
         )
@@ -100,18 +108,23 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         pictures.inc(count)
         return found
 
-    batcher = Batcher(draw, flow.engine.batch, bounds.queue)
+    batcher = Batcher(draw, 1, bounds.queue)
     Gauge("instaflow_waiting", "Pictures in the queue", registry=registry).set_function(lambda: batcher.waiting)
+
+    async def prepare() -> None:
+        """What draws several at a time; till then they are drawn one by one, and nobody waits for it."""
+        await asyncio.to_thread(flow.engine.prepare, flow.engine.batch, card.image_size)
+        batcher.batch = flow.engine.batch
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(batcher.run())
+        works = [asyncio.create_task(batcher.run()), asyncio.create_task(prepare())]
         try:
             yield
         finally:
-            worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await worker
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=bounds.body_bytes)
@@ -123,7 +136,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
 
     guarded = [Depends(allowed)]
 
-    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 413, 429, 500)})
+    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 404, 413, 429, 500)})
     async def generations(body: ImageRequest, request: Request) -> dict[str, Any]:
         """Draw pictures."""
         begun = time.perf_counter()
@@ -147,6 +160,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
             "guidance": card.guidance,
         }
         what |= {"max_guidance": card.max_guidance, "styles": card.styles, "engine": flow.engine.name}
+        what["loras"] = _lora_names(flow)
         entry = {"id": card.name, "object": "model", "created": 0, "owned_by": "instaflow", "instaflow": what}
         return {"object": "list", "data": [entry]}
 
@@ -199,23 +213,34 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
         raise PromptError(f"n={body.n} is not allowed; use 1 to {limits.pictures}")
     if body.model not in (None, card.name):
         raise HTTPException(404, f"there is no such model here; there is: {card.name}")
-    for name, value in (("lora", body.lora), ("control", body.control)):
-        if value is not None:
-            raise PromptError(f"{name}: no {name} is configured here; leave it out")
+    if body.control is not None:
+        raise PromptError("control: no control is configured here; leave it out")
+    loras = _lora_names(flow)
+    if body.lora.keys() - loras:
+        raise PromptError(f"there is no such lora here; there is: {', '.join(loras) or 'none'}")
     size = card.image_size
     if body.size not in (None, "auto"):
         if not (found := SIZE.fullmatch(body.size or "")):
             raise PromptError("size is not allowed; use WIDTHxHEIGHT with both the same, or auto")
         size = int(found[1])
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    if seed + body.n - 1 > LARGEST_SEED:
-        raise PromptError(f"seed={seed} with n={body.n} is not allowed; the last seed may be {LARGEST_SEED}")
+    if body.mix and body.seed2 is None:
+        raise PromptError(f"mix={body.mix:g} needs seed2, where it leads")
+    for name, number in (("seed", seed), ("seed2", body.seed2 or 0)):
+        if number + body.n - 1 > LARGEST_SEED:
+            raise PromptError(f"{name}={number} with n={body.n} is not allowed; the last may be {LARGEST_SEED}")
     steps = card.steps if body.steps is None else body.steps
     guidance = card.guidance if body.guidance is None else body.guidance
     options: dict[str, Any] = {"style": body.style, "size": size, "steps": steps, "guidance": guidance}
-    orders = [Order(prompt=body.prompt, seed=seed + i, **options) for i in range(body.n)]
-    flow.generate_many([body.prompt], seeds=[seed], **options)  # it checks at once and draws when it is read
+    seeds = [seed + i if body.seed2 is None else Walk(seed + i, body.seed2 + i, body.mix) for i in range(body.n)]
+    lora = tuple(body.lora.get(name, 0.0) for name in loras)
+    orders = [Order(prompt=body.prompt, seed=s, lora=lora, **options) for s in seeds]
+    flow.generate_many([body.prompt], seeds=seeds[:1], **options)  # it checks at once and draws when it is read
     return orders
+
+
+def _lora_names(flow: InstaFlow) -> list[str]:
+    return [Path(lora.source).stem for lora in flow.loras]
 
 
 async def _wait(request: Request, waiting: list[asyncio.Future[Drawing]], wait_s: float) -> list[Drawing]:

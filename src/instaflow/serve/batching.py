@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from instaflow.generate import Drawing
+from instaflow.noise import Walk
 
 
 class QueueFullError(Exception):
@@ -20,16 +21,18 @@ class Order:
     """One picture; those that differ in prompt and seed alone can be drawn together."""
 
     prompt: str
-    seed: int
+    seed: int | Walk
     style: str | None
     size: int
     steps: int
     guidance: float
+    lora: tuple[float, ...] = ()
+    """A scale for each of the model's LoRAs."""
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What must be the same in a batch."""
-        return self.style, self.size, self.steps, self.guidance
+        return self.style, self.size, self.steps, self.guidance, self.lora
 
 
 Draw = Callable[[Sequence[Order]], list[Drawing]]

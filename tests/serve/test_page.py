@@ -1,0 +1,152 @@
+"""The page in a browser: it draws while one types, walks, remembers and saves, and asks nobody but its own server."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from instaflow.generate import InstaFlow
+from instaflow.noise import Walk
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+CHROMIUM = which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+FIRST = "#row img"
+Serving = Callable[..., AbstractContextManager[str]]
+
+NEW_AND_DONE = """before => { const now = document.querySelector("#row img").src;
+    return now && now !== before && !document.querySelector("#row[aria-busy]") }"""
+DONE = "!document.querySelector('#row[aria-busy]')"
+UNNAMED = """[...document.querySelectorAll("input, select, button")].filter(
+    e => !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).map(e => e.id)"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield found
+        found.close()
+
+
+class Visit:
+    """An open page, and all that it asked for and complained about."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.page = browser.new_context(**{"locale": "en-GB", **options}).new_page()
+        self.page.set_default_timeout(15_000)
+        self.asked: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda r: self.asked.append(r.url))
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(url)
+
+    @property
+    def picture(self) -> str:
+        return self.page.locator(FIRST).first.get_attribute("src") or ""
+
+    def drawn(self, before: str) -> str:
+        """Wait until the first picture is another, and the hand's last wish is fulfilled."""
+        self.page.wait_for_function(NEW_AND_DONE, arg=before)
+        return self.picture
+
+    def save(self) -> tuple[str, bytes]:
+        with self.page.expect_download() as download:
+            self.page.locator("#row a").first.click()
+        return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+
+
+def test_type_walk_save_and_come_back(browser: Any, serving: Serving, flow: InstaFlow) -> None:
+    with serving(flow) as url:
+        visit = Visit(browser, url)
+        page = visit.page
+        apple = visit.drawn("")
+        assert re.fullmatch(r"\d+ ms", page.locator("#time").inner_text())
+        page.locator("#said:has-text('a red apple')").wait_for(state="attached")
+
+        page.locator("#prompt").fill("")
+        seen = set()
+        for letter in "cat face":
+            page.keyboard.type(letter)
+            page.wait_for_timeout(60)
+            seen.add(visit.picture)
+        cat = visit.drawn(apple)
+        assert len(seen | {cat}) >= 4  # it followed
+        name, png = visit.save()
+        assert name == "cat-face-7.png" and png == flow.generate("cat face", seed=7).png()
+
+        page.locator("#mix").fill("0.5")
+        visit.drawn(cat)
+        page.locator("#style").select_option("noto")
+        page.wait_for_function(DONE)
+        name, png = visit.save()
+        assert png == flow.generate("cat face", seed=Walk(7, 31, 0.5), style="noto").png()
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.text["prompt"] == "cat face, noto" and picture.text["seed2"] == "31"
+
+        page.locator("#history button[title^='a red apple']").click()
+        assert visit.drawn(visit.picture) == apple and page.locator("#prompt").input_value() == "a red apple"
+        page.locator("#roll").click()
+        assert page.locator("#seed").input_value() != "7"
+        assert not page.locator("#steps").is_visible() and not page.locator("#key").is_visible()
+        assert visit.errors == []
+        assert {u.split("/")[2] for u in visit.asked if not u.startswith("data:")} == {url.split("/")[2]}
+
+
+def test_the_latest_wins(browser: Any, serving: Serving, flow: InstaFlow) -> None:
+    """The first answer comes last and is dropped."""
+    with serving(flow) as url:
+        visit = Visit(browser, url)
+        visit.drawn("")
+        held: list[Any] = []
+
+        def late(route: Any) -> None:
+            if "frog" in (route.request.post_data or ""):
+                held.append(route)
+            else:
+                route.continue_()
+
+        visit.page.route("**/v1/images/generations", late)
+        before = visit.picture
+        visit.page.locator("#prompt").fill("green frog")
+        visit.page.locator("#prompt").fill("sun")
+        visit.page.wait_for_function(f"document.querySelector('{FIRST}').alt.startsWith('sun')")
+        sun = visit.picture
+        assert sun != before and len(held) == 1
+        with visit.page.expect_response("**/v1/images/generations"):
+            held[0].continue_()
+        visit.page.wait_for_function(DONE)
+        assert visit.picture == sun and visit.errors == []
+
+
+def test_it_speaks_ukrainian_asks_for_a_key_and_fits_a_phone(browser: Any, serving: Serving, flow: InstaFlow) -> None:
+    with serving(flow, api_key="k") as url:
+        phone = {"width": 360, "height": 740}
+        visit = Visit(browser, url, locale="uk-UA", viewport=phone, color_scheme="dark")
+        page = visit.page
+        page.locator("#key").fill("k")
+        visit.drawn("")
+        assert page.locator("html").get_attribute("lang") == "uk"
+        page.get_by_label("Що намалювати").fill("червоне яблуко")
+        page.locator("#note:has-text('Модель читає англійською')").wait_for()
+        page.get_by_role("button", name="English").click()
+        page.locator("#note:has-text('This model reads English')").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= phone["width"]
+        assert page.evaluate(UNNAMED) == []
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 19, 22)"
+        page.locator("#prompt").focus()
+        order = []
+        for _ in range(8):
+            page.keyboard.press("Tab")
+            order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        assert order[:7] == ["A"] * 4 + ["seed", "mix", "seed2"]
