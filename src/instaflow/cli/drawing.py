@@ -53,6 +53,7 @@ def generate(
     instaflow generate "a red apple" "a green tree" -n 4 --seed 7 --grid -o sheet.png
     instaflow generate "cat" --style noto
     instaflow generate --file prompts.txt -o pictures/
+    instaflow generate "a blue fish" --control edges=sketch.png --control-scale 0.8
     ```
 
     Parameters
@@ -96,7 +97,8 @@ def generate(
     decoder
         A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
     control
-        FOLDER=PICTURE: a ControlNet and what it is shown; give it again for several. Draws with torch.
+        NAME=PICTURE: a ControlNet and what it is shown, edges=sketch.png (white lines on black); NAME is one that comes
+        with the default model, a folder or a hub id. Give it again for several. Draws with torch.
     control_scale
         How much the controls count; 0 is the model without them.
     """
@@ -154,13 +156,15 @@ def _controls(given: list[str], scale: float, flow: InstaFlow) -> list[Control]:
     if bundle is None:
         raise PromptError(f"the engine {flow.engine.name} has no controls; leave --engine out, or give --engine torch")
     from instaflow.models.control import Control, load_control, read_image
+    from instaflow.models.hub import find_control
 
     controls = []
     for entry in given:
         folder, equals, picture = entry.partition("=")
         if not (folder and equals and picture):
-            raise PromptError(f"--control {entry} is not allowed; use FOLDER=PICTURE")
-        controls.append(Control(network=load_control(folder, bundle), image=read_image(picture), scale=scale))
+            raise PromptError(f"--control {entry} is not allowed; use NAME=PICTURE or FOLDER=PICTURE")
+        network = load_control(find_control(folder), bundle, bundle.card.weights)
+        controls.append(Control(network=network, image=read_image(picture), scale=scale))
     return controls
 
 
