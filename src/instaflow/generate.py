@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,10 @@ from PIL import Image
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_png, to_uint8
-from instaflow.models.request import LoRA
+from instaflow.models.request import Control, LoRA
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
-
-if TYPE_CHECKING:
-    from instaflow.models.control import Control
 
 LARGEST_SEED = 2**63 - 1
 MANY = 100  # pictures from which on drawing several together is worth the half second that it takes to prepare
@@ -183,7 +180,7 @@ class InstaFlow:
             guidance: classifier-free guidance; None takes the model's own.
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRAs counts, times the scale of each; 0 is the model without them.
-            control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
+            control: ControlNets with their pictures, added up; their networks are of `engine.load_control`.
             together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
         Raises:
@@ -203,8 +200,6 @@ class InstaFlow:
             raise PromptError(
                 f"lora_scale={lora_scale:g}: {self.engine.name} has its LoRAs fused; load it at that scale"
             )
-        if control and not hasattr(self.engine, "bundle"):
-            raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
         for seed in seeds:
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")

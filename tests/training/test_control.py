@@ -18,16 +18,10 @@ from instaflow.data.pictures import Picture
 from instaflow.errors import BundleError, PromptError, RecipeError
 from instaflow.generate import InstaFlow
 from instaflow.models.bundle import Bundle
-from instaflow.models.control import (
-    Control,
-    ControlCard,
-    build_control,
-    controlled,
-    load_control,
-    read_image,
-    save_control,
-)
+from instaflow.models.card import ControlCard
+from instaflow.models.control import build_control, controlled, load_control, save_control
 from instaflow.models.networks import encode_pictures, to_tensor
+from instaflow.models.request import Control, read_image
 from instaflow.models.sampling import integrate, noise
 from instaflow.recipe import Control as Spec
 from instaflow.recipe import Data, Recipe, Train

@@ -16,7 +16,6 @@ from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from instaflow.generate import Drawing, InstaFlow
-    from instaflow.models.control import Control
 
 MOST = 100_000  # pictures of a prompt in one command
 SUFFIXES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # of pictures that we do not write
@@ -98,7 +97,7 @@ def generate(
         A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
     control
         NAME=PICTURE: a ControlNet and what it is shown, edges=sketch.png (white lines on black); NAME is one that comes
-        with the default model, a folder or a hub id. Give it again for several. Draws with torch.
+        with the default model, a folder or a hub id. Give it again for several.
     control_scale
         How much the controls count; 0 is the model without them.
     """
@@ -111,8 +110,11 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    if control and engine is None:
-        engine = "torch"
+    from instaflow.models.request import Control, read_image
+
+    shown = _read_controls(control or [])
+    if shown and engine is None:
+        engine = _engine_for(model, [folder for folder, _ in shown])
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
@@ -123,7 +125,10 @@ def generate(
         guidance=guidance,
         negative=negative,
         lora_scale=lora_scale,
-        control=_controls(control, control_scale, flow) if control else (),
+        control=[
+            Control(network=flow.engine.load_control(folder), image=read_image(picture), scale=control_scale)
+            for folder, picture in shown
+        ],
     )
     own = flow.engine.card.image_size
     if size not in (None, own):
@@ -151,21 +156,25 @@ def _load(model: str | None, **options: Any) -> InstaFlow:
     return flow
 
 
-def _controls(given: list[str], scale: float, flow: InstaFlow) -> list[Control]:
-    bundle = getattr(flow.engine, "bundle", None)
-    if bundle is None:
-        raise PromptError(f"the engine {flow.engine.name} has no controls; leave --engine out, or give --engine torch")
-    from instaflow.models.control import Control, load_control, read_image
+def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
+    """The folder and the picture of each."""
     from instaflow.models.hub import find_control
 
-    controls = []
+    found = []
     for entry in given:
-        folder, equals, picture = entry.partition("=")
-        if not (folder and equals and picture):
+        name, _, picture = entry.partition("=")
+        if not (name and picture):
             raise PromptError(f"--control {entry} is not allowed; use NAME=PICTURE or FOLDER=PICTURE")
-        network = load_control(find_control(folder), bundle, bundle.card.weights)
-        controls.append(Control(network=network, image=read_image(picture), scale=scale))
-    return controls
+        found.append((find_control(name), picture))
+    return found
+
+
+def _engine_for(model: str | None, controls: list[Path]) -> str | None:
+    """torch where the model or a control has no graphs of a drawing under control."""
+    from instaflow.models.card import DEFAULT
+    from instaflow.runtime.openvino import has_control_graphs
+
+    return None if has_control_graphs(Path(model or DEFAULT), *controls) else "torch"
 
 
 def _say(path: Path, drawing: Drawing) -> None:
