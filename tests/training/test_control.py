@@ -101,7 +101,7 @@ def test_a_window_counts_where_it_is_and_each_network_is_called_once_a_step(own:
 
     assert counted(1) == (1, 1)
     assert counted(4) == (4, 4)  # at 0, 1/4, 2/4, 3/4 of the way
-    assert counted(4, end=0.5) == (3, 4)
+    assert counted(4, end=0.5) == (2, 4)  # as diffusers' pipeline
     assert counted(4, start=0.5) == (2, 4)
 
 

@@ -52,12 +52,12 @@ class _Drawing(nn.Module):
         self.unet.set_attn_processor(processor)
 
     def forward(self, x: Tensor, time: Tensor, states: Tensor) -> Any:
-        # as diffusers' pipeline does: the share of the way that is behind at this evaluation, 0 at noise
+        # the share of the way that is behind at this evaluation, 0 at noise
         behind = 1 - float(torch.as_tensor(time).flatten()[0]) / 1000
         down: Sequence[Tensor] = ()
         middle: Tensor | None = None
         for control in self.controls:
-            if not (control.start <= behind + 1e-3 and behind <= control.end and control.scale):
+            if not (control.start <= behind + 1e-3 < control.end and control.scale):
                 continue
             height, width = x.shape[-2] * self.factor, x.shape[-1] * self.factor
             # under guidance x holds both halves; diffusers' early InstaFlow pipelines gave it the picture of one

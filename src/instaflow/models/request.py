@@ -102,7 +102,7 @@ class Control:
     start: float = 0.0
     """The first moment at which it counts, as a share of the way from noise to picture."""
     end: float = 1.0
-    """The last one."""
+    """Where it no longer counts; 1 is to the end."""
 
     def __post_init__(self) -> None:
         """Raise PromptError for a window that is none."""

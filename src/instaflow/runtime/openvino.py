@@ -177,7 +177,7 @@ class OpenVINOEngine:
         found = [self._residuals(c, x0, states, size) for c in control if c.scale and c.start == 0]
         if not found:
             return self._run("unet", size, x0, states)[0]
-        return self._run("controlled", size, x0, states, *(sum(several) for several in zip(*found, strict=True)))[0]
+        return self._run("controlled", size, x0, states, *map(_sum, zip(*found, strict=True)))[0]
 
     def load_control(self, folder: Path) -> str:
         """A ControlNet's folder, as `Control.network` wants it.
@@ -242,6 +242,11 @@ class OpenVINOEngine:
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
         return graph
+
+
+def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    total: np.ndarray = np.sum(arrays, axis=0)
+    return total
 
 
 def _widen(graph: Any) -> None:
