@@ -113,8 +113,9 @@ def generate(
     from instaflow.models.request import Control, read_image
 
     shown = _read_controls(control or [])
-    if shown and engine is None:
-        engine = _engine_for(model, [folder for folder, _ in shown])
+    if shown:
+        able = _engine_for(model, [folder for folder, _ in shown])
+        engine = engine or able
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
@@ -170,11 +171,21 @@ def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
 
 
 def _engine_for(model: str | None, controls: list[Path]) -> str | None:
-    """torch where the model or a control has no graphs of a drawing under control."""
-    from instaflow.models.card import DEFAULT
+    """torch where the model or a control has no graphs of a drawing under control.
+
+    Raises:
+        BundleError: a control was trained for another model.
+    """
+    from instaflow.models.card import DEFAULT, check_control, read_card
+    from instaflow.models.hub import locate
     from instaflow.runtime.openvino import has_control_graphs
 
-    return None if has_control_graphs(Path(model or DEFAULT), *controls) else "torch"
+    source = locate(DEFAULT if model is None else model)
+    if source.is_dir():
+        card = read_card(source)
+        for folder in controls:
+            check_control(folder, card.name, card.weights)
+    return None if has_control_graphs(source, *controls) else "torch"
 
 
 def _say(path: Path, drawing: Drawing) -> None:
