@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,10 @@ from PIL import Image
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_png, to_uint8
-from instaflow.models.request import LoRA
+from instaflow.models.request import Control, LoRA
 from instaflow.noise import Walk, noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
-
-if TYPE_CHECKING:
-    from instaflow.models.control import Control
 
 LARGEST_SEED = 2**63 - 1
 MANY = 100  # pictures from which on drawing several together is worth the half second that it takes to prepare
@@ -189,7 +186,7 @@ class InstaFlow:
             negative: what guidance leads away from; needs guidance above 1.
             lora_scale: how much of the LoRAs counts, times the scale of each, or a number for each of them; 0 is the
                 model without them.
-            control: ControlNets with their pictures, added up (`instaflow.models.control`); torch's engine has them.
+            control: ControlNets with their pictures, added up; their networks are of `engine.load_control`.
             together: pictures drawn at once, the engine's batch at most; None draws them singly where they are few.
 
         Raises:
@@ -210,8 +207,6 @@ class InstaFlow:
         scales = lora_scale if isinstance(lora_scale, Sequence) else [lora_scale] * len(self.loras)
         if len(scales) != len(self.loras):
             raise PromptError(f"lora_scale={lora_scale} is not allowed; use one number, or {len(self.loras)}")
-        if control and not hasattr(self.engine, "bundle"):
-            raise PromptError(f"the engine {self.engine.name} has no controls; load the model with engine='torch'")
         for walk in (s for s in seeds if isinstance(s, Walk)):
             if not 0 <= walk.mix <= 1:
                 raise PromptError(f"mix={walk.mix:g} is not allowed; use 0 to 1")

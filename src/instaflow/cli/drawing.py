@@ -16,7 +16,6 @@ from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from instaflow.generate import Drawing, InstaFlow
-    from instaflow.models.control import Control
 
 MOST = 100_000  # pictures of a prompt in one command
 SUFFIXES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # of pictures that we do not write
@@ -53,6 +52,7 @@ def generate(
     instaflow generate "a red apple" "a green tree" -n 4 --seed 7 --grid -o sheet.png
     instaflow generate "cat" --style noto
     instaflow generate --file prompts.txt -o pictures/
+    instaflow generate "a blue fish" --control edges=sketch.png --control-scale 0.8
     ```
 
     Parameters
@@ -96,7 +96,8 @@ def generate(
     decoder
         A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
     control
-        FOLDER=PICTURE: a ControlNet and what it is shown; give it again for several. Draws with torch.
+        NAME=PICTURE: a ControlNet and what it is shown, edges=sketch.png (white lines on black); NAME is one that comes
+        with the default model, a folder or a hub id. Give it again for several.
     control_scale
         How much the controls count; 0 is the model without them.
     """
@@ -109,8 +110,12 @@ def generate(
     wanted = [(text, first + i) for text in texts for i in range(number)]
     paths = _paths(wanted, out, grid)
 
-    if control and engine is None:
-        engine = "torch"
+    from instaflow.models.request import Control, read_image
+
+    shown = _read_controls(control or [])
+    if shown:
+        able = _engine_for(model, [folder for folder, _ in shown])
+        engine = engine or able
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
@@ -121,7 +126,10 @@ def generate(
         guidance=guidance,
         negative=negative,
         lora_scale=lora_scale,
-        control=_controls(control, control_scale, flow) if control else (),
+        control=[
+            Control(network=flow.engine.load_control(folder), image=read_image(picture), scale=control_scale)
+            for folder, picture in shown
+        ],
     )
     own = flow.engine.card.image_size
     if size not in (None, own):
@@ -149,19 +157,35 @@ def _load(model: str | None, **options: Any) -> InstaFlow:
     return flow
 
 
-def _controls(given: list[str], scale: float, flow: InstaFlow) -> list[Control]:
-    bundle = getattr(flow.engine, "bundle", None)
-    if bundle is None:
-        raise PromptError(f"the engine {flow.engine.name} has no controls; leave --engine out, or give --engine torch")
-    from instaflow.models.control import Control, load_control, read_image
+def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
+    """The folder and the picture of each."""
+    from instaflow.models.hub import find_control
 
-    controls = []
+    found = []
     for entry in given:
-        folder, equals, picture = entry.partition("=")
-        if not (folder and equals and picture):
-            raise PromptError(f"--control {entry} is not allowed; use FOLDER=PICTURE")
-        controls.append(Control(network=load_control(folder, bundle), image=read_image(picture), scale=scale))
-    return controls
+        name, _, picture = entry.partition("=")
+        if not (name and picture):
+            raise PromptError(f"--control {entry} is not allowed; use NAME=PICTURE or FOLDER=PICTURE")
+        found.append((find_control(name), picture))
+    return found
+
+
+def _engine_for(model: str | None, controls: list[Path]) -> str | None:
+    """torch where the model or a control has no graphs of a drawing under control.
+
+    Raises:
+        BundleError: a control was trained for another model.
+    """
+    from instaflow.models.card import DEFAULT, check_control, read_card
+    from instaflow.models.hub import locate
+    from instaflow.runtime.openvino import has_control_graphs
+
+    source = locate(DEFAULT if model is None else model)
+    if source.is_dir():
+        card = read_card(source)
+        for folder in controls:
+            check_control(folder, card.name, card.weights)
+    return None if has_control_graphs(source, *controls) else "torch"
 
 
 def _say(path: Path, drawing: Drawing) -> None:

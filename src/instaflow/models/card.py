@@ -13,6 +13,7 @@ from instaflow.errors import BundleError
 from instaflow.recipe import Prediction
 
 CARD = "instaflow.json"
+CONTROL_CARD = "control.json"
 DEFAULT = Path(__file__).parent.parent / "default"  # the model that comes with the package
 Kind = Literal["teacher", "rectified", "one-step"]
 
@@ -93,6 +94,30 @@ def check_weights(folder: Path, card: Card) -> None:
             f"the weights in {folder} are not those that its {CARD} names: they are damaged or were changed; "
             f"if you changed them, take the line 'weights' out"
         )
+
+
+class ControlCard(msgspec.Struct, frozen=True, kw_only=True):
+    """`control.json`: what our own ControlNets say of themselves; others' folders have none."""
+
+    kind: str
+    """What its pictures show: edges, scribble, colours or inpaint."""
+    base: str
+    """The name of the model that it was trained for."""
+    base_hash: str
+    """Hash of that model's folder."""
+    lineage: dict[str, Any] = {}
+
+
+def check_control(folder: Path, model: str, weights: str) -> None:
+    """Raise BundleError when a ControlNet's card names another base than the model of these weights; '' fits all."""
+    try:
+        card = msgspec.json.decode((folder / CONTROL_CARD).read_bytes(), type=ControlCard)
+    except FileNotFoundError:  # others' folders have none
+        return
+    except msgspec.DecodeError as error:
+        raise BundleError(f"damaged card {folder / CONTROL_CARD}: {error}") from error
+    if weights and card.base_hash and weights != card.base_hash:
+        raise BundleError(f"the ControlNet {folder} was trained for {card.base!r}, not for {model!r}")
 
 
 # -- folders that are not ours ---------------------------------------------------------------------

@@ -7,68 +7,23 @@ connections through convolutions that start at zero, so that an untrained one ch
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from instaflow.errors import BundleError, PromptError
+from instaflow.errors import BundleError
 from instaflow.models.bundle import Bundle, load_network, publish, reading, save_network
+from instaflow.models.card import CONTROL_CARD, ControlCard, check_control
+from instaflow.models.request import Control
 from instaflow.models.stacked import StackedUNet
-
-CARD = "control.json"
-
-
-class ControlCard(msgspec.Struct, frozen=True, kw_only=True):
-    """`control.json`: what our own ControlNets say of themselves; others' folders have none."""
-
-    kind: str
-    """What its pictures show: edges, scribble, colours or inpaint."""
-    base: str
-    """The name of the model that it was trained for."""
-    base_hash: str
-    """Hash of that model's folder."""
-    lineage: dict[str, Any] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """A ControlNet with what it shall do in one drawing."""
-
-    network: ControlNetModel
-    image: Image.Image
-    """As the ControlNet was trained to see it: white lines on black for edges. Resized to the drawing's size, its sides
-    each on their own, by Lanczos."""
-    scale: float = 1.0
-    """How much of it counts; 0 is the model without it."""
-    start: float = 0.0
-    """The first moment at which it counts, as a share of the way from noise to picture."""
-    end: float = 1.0
-    """The last one."""
-
-    def __post_init__(self) -> None:
-        """Raise PromptError for a window that is none."""
-        if not 0 <= self.start < self.end <= 1:
-            raise PromptError(f"start={self.start:g}, end={self.end:g} is no window; use 0 <= start < end <= 1")
-        if not np.isfinite(self.scale):
-            raise PromptError(f"scale={self.scale} is not allowed; use a finite number")
-
-    def pixels(self, height: int, width: int) -> Tensor:
-        """The picture in [0, 1], (1, 3, height, width)."""
-        image = self.image.convert("RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 class ControlledUNet(nn.Module):
@@ -97,16 +52,16 @@ class _Drawing(nn.Module):
         self.unet.set_attn_processor(processor)
 
     def forward(self, x: Tensor, time: Tensor, states: Tensor) -> Any:
-        # as diffusers' pipeline does: the share of the way that is behind at this evaluation, 0 at noise
+        # the share of the way that is behind at this evaluation, 0 at noise
         behind = 1 - float(torch.as_tensor(time).flatten()[0]) / 1000
         down: Sequence[Tensor] = ()
         middle: Tensor | None = None
         for control in self.controls:
-            if not (control.start <= behind + 1e-3 and behind <= control.end and control.scale):
+            if not (control.start <= behind + 1e-3 < control.end and control.scale):
                 continue
             height, width = x.shape[-2] * self.factor, x.shape[-1] * self.factor
             # under guidance x holds both halves; diffusers' early InstaFlow pipelines gave it the picture of one
-            pictures = control.pixels(height, width).to(x).expand(len(x), -1, -1, -1)
+            pictures = torch.from_numpy(control.pixels(height, width)).to(x).expand(len(x), -1, -1, -1)
             one, one_middle = control.network(
                 x, time, states, pictures, conditioning_scale=control.scale, return_dict=False
             )
@@ -166,7 +121,7 @@ def save_control(control: ControlNetModel, card: ControlCard, folder: Path) -> P
     shutil.rmtree(part, ignore_errors=True)
     try:
         save_network(control, part, half=True)
-        (part / CARD).write_text(json.dumps(msgspec.to_builtins(card), indent=2) + "\n")
+        (part / CONTROL_CARD).write_text(json.dumps(msgspec.to_builtins(card), indent=2) + "\n")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -200,28 +155,9 @@ def load_control(folder: str | Path, bundle: Bundle, base_hash: str = "") -> Con
                 f"the ControlNet {folder} is for another base: {field} is {_plain(theirs)}, "
                 f"{bundle.card.name!r} has {_plain(own)}"
             )
-    if os.path.exists(folder / CARD):
-        with reading(folder / CARD):
-            card = msgspec.json.decode((folder / CARD).read_bytes(), type=ControlCard)
-        if base_hash and card.base_hash and base_hash != card.base_hash:
-            raise BundleError(f"the ControlNet {folder} was trained for {card.base!r}, not for {bundle.card.name!r}")
+    check_control(folder, bundle.card.name, base_hash)
     return _fit(control, bundle).eval().requires_grad_(False)
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """A control picture from a file.
-
-    Raises:
-        PromptError: there is none, or it is no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise PromptError(f"no such control picture: {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise PromptError(f"unreadable control picture {path}: {error}") from error

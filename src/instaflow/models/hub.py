@@ -7,6 +7,7 @@ from pathlib import Path
 
 from instaflow.errors import BundleError
 
+CONTROLS = Path(__file__).parents[1] / "controls"  # for the default model
 LORA_FILE = "pytorch_lora_weights.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
@@ -56,6 +57,23 @@ def find_decoder(source: str | Path) -> Path:
     if not path.is_dir():
         raise BundleError(f"no such decoder: {source}; it takes a folder or a hub id")
     return path / "vae" if (path / "vae").is_dir() else path
+
+
+def find_control(source: str | Path) -> Path:
+    """The folder of a ControlNet: the name of one that comes with the default model, a folder, or a hub id.
+
+    Raises:
+        BundleError: none of these.
+    """
+    if (own := CONTROLS / str(source)).is_dir():
+        return own
+    path = Path(source)
+    if not path.is_dir() and HUB_ID.fullmatch(str(source)):
+        path = download(str(source), "config.json", "diffusion_pytorch_model.safetensors")
+    if not path.is_dir():
+        names = ", ".join(sorted(p.name for p in CONTROLS.iterdir())) if CONTROLS.is_dir() else "none"
+        raise BundleError(f"no control {source}: it takes a name ({names}), a folder or a hub id")
+    return path
 
 
 def download(name: str, *files: str) -> Path:

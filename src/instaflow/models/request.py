@@ -1,11 +1,15 @@
-"""What a model can be asked for: prompts it can read, steps, guidance and sizes of its kind. No torch here."""
+"""What a model can be asked for: prompts it can read, steps, guidance and sizes, controls. No torch here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from instaflow.errors import PromptError
 from instaflow.models.card import Card
@@ -82,3 +86,50 @@ class LoRA(NamedTuple):
     def name(self) -> str:
         """'style at 0.7'."""
         return f"{Path(self.source).stem} at {self.scale:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet with what it shall do in one drawing."""
+
+    network: Any
+    """What its engine's `load_control` gave."""
+    image: Image.Image
+    """As the ControlNet was trained to see it: white lines on black for edges. Resized to the drawing's size, its sides
+    each on their own, by Lanczos."""
+    scale: float = 1.0
+    """How much of it counts; 0 is the model without it."""
+    start: float = 0.0
+    """The first moment at which it counts, as a share of the way from noise to picture."""
+    end: float = 1.0
+    """Where it no longer counts; 1 is to the end."""
+
+    def __post_init__(self) -> None:
+        """Raise PromptError for a window that is none."""
+        if not 0 <= self.start < self.end <= 1:
+            raise PromptError(f"start={self.start:g}, end={self.end:g} is no window; use 0 <= start < end <= 1")
+        if not np.isfinite(self.scale):
+            raise PromptError(f"scale={self.scale} is not allowed; use a finite number")
+
+    def pixels(self, height: int, width: int) -> np.ndarray:
+        """The picture in [0, 1], fp32 (1, 3, height, width)."""
+        image = self.image.convert("RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        pixels: np.ndarray = np.array(image, np.float32).transpose(2, 0, 1)[None] / 255
+        return pixels
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A control picture from a file.
+
+    Raises:
+        PromptError: there is none, or it is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise PromptError(f"no such control picture: {path}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise PromptError(f"unreadable control picture {path}: {error}") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from instaflow.models.card import Card
+from instaflow.models.request import Control
 
 
 class Engine(Protocol):
@@ -48,7 +50,20 @@ class Engine(Protocol):
         """Token states of B prompts, in the engine's own kind of array."""
         ...
 
-    def sample(self, x0: np.ndarray, states: Any, *, steps: int, guidance: float, negative: str) -> np.ndarray:
+    def load_control(self, folder: Path) -> Any:
+        """A ControlNet, as `Control.network` wants it; raises BundleError where this engine or model cannot."""
+        ...
+
+    def sample(
+        self,
+        x0: np.ndarray,
+        states: Any,
+        *,
+        steps: int,
+        guidance: float,
+        negative: str,
+        control: Sequence[Control] = (),
+    ) -> np.ndarray:
         """Latents (B, C, h, w) from noise X₀ of the same shape; one step is X₀ + v(X₀, 0 | T)."""
         ...
 

@@ -29,7 +29,7 @@ from instaflow.flow import unet_time
 from instaflow.models.bundle import Bundle
 from instaflow.models.networks import decode_latents
 from instaflow.models.velocity import denoised
-from instaflow.runtime.openvino import GRAPH, OWN_GRAPH, PARTS, load_openvino
+from instaflow.runtime.openvino import CONTROLLED, GRAPH, OWN_GRAPH, PARTS, load_openvino
 
 INLINE = 1 << 16  # bytes: what is no weight of the bundle and larger than this is a mistake
 
@@ -59,13 +59,31 @@ class OneStep(nn.Module):
         self.time = float(bundle.schedule.step(start) if bundle.schedule else unet_time(start))
         self.a, self.b = (float(c) for c in bundle.schedule.alpha_sigma(start)) if bundle.schedule else (0.0, 1.0)
 
-    def forward(self, x0: Tensor, states: Tensor) -> Tensor:
-        """(B, C, h, w), (B, L, D) → (B, C, h, w)."""
-        out: Tensor = self.unet(x0, self.time, states).sample
+    def forward(self, x0: Tensor, states: Tensor, *residuals: Tensor) -> Tensor:
+        """(B, C, h, w), (B, L, D) and what a ControlNet found, its middle last → (B, C, h, w)."""
+        found: dict[str, Any] = {}
+        if residuals:
+            *down, middle = residuals
+            found = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        out: Tensor = self.unet(x0, self.time, states, **found).sample
         if self.prediction == "velocity":
             return x0 + out
         x1, noise = denoised(self.prediction, out, x0, self.a, self.b)
         return x0 + (x1 - noise)
+
+
+class Residuals(nn.Module):
+    """What a ControlNet finds at the start, the time being a constant."""
+
+    def __init__(self, bundle: Bundle, control: nn.Module) -> None:
+        """Take both."""
+        super().__init__()
+        self.control, self.time = control, OneStep(bundle).time
+
+    def forward(self, x0: Tensor, states: Tensor, picture: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, h, w), (B, L, D), (B, 3, H, W) in [0, 1] → a residual a skip connection, and the middle's."""
+        down, middle = self.control(x0, self.time, states, picture, return_dict=False)
+        return (*down, middle)
 
 
 class Decoder(nn.Module):
@@ -89,6 +107,37 @@ def write_graphs(bundle: Bundle, folder: Path) -> None:
     """
     for part, model in traced(bundle):
         _write(folder / part, model)
+
+
+def write_control_graphs(bundle: Bundle, control: nn.Module, folder: Path, control_folder: Path) -> None:
+    """Add the graphs of a drawing under a ControlNet, at the model's own size.
+
+        control_folder/model.onnx   x0, states, picture (B, 3, H, W)   → residuals
+        unet/controlled.onnx        x0, states, residuals              → latents X̂₁
+
+    Two, since ONNX's external data may not lie outside of a graph's own folder.
+
+    Args:
+        bundle: the one-step model.
+        control: its ControlNet.
+        folder: where the bundle was saved, its weights as fp16.
+        control_folder: where the ControlNet was.
+
+    Raises:
+        BundleError: weights are not those of the folders, or the packages that export are missing.
+    """
+    x0, batch, size = torch.zeros(2, *bundle.latent_shape()), {0: "batch"}, bundle.card.image_size
+    with torch.inference_mode():
+        states, network = bundle.encode(["", "a"]), Residuals(bundle, control)
+        inputs = {"x0": x0, "states": states, "picture": torch.zeros(2, 3, size, size)}
+        found = network(*inputs.values())
+        names = [f"residual_{i}" for i in range(len(found))]
+        with _one_time(control):
+            _write(control_folder, _trace(network, inputs, names, (batch,) * 3))
+        inputs = {"x0": x0, "states": states, **dict(zip(names, found, strict=True))}
+        with _one_time(bundle.unet):
+            graph = _trace(OneStep(bundle), inputs, ["latents"], (batch, batch, (batch,) * len(found)))
+    _write(folder / "unet", graph, CONTROLLED)
 
 
 def to_openvino(folder: Path) -> None:
@@ -119,12 +168,12 @@ def traced(bundle: Bundle) -> Iterator[tuple[str, Any]]:
     batch, latents = {0: "batch"}, {0: "batch", 2: "height", 3: "width"}
     with torch.inference_mode():
         states = bundle.encode(["", "a"])
-        yield "text_encoder", _trace(TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, "states",
+        yield "text_encoder", _trace(TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, ["states"],
                                      (batch, batch if bundle.masked else None))  # fmt: skip
         with _one_time(bundle.unet):
-            unet = _trace(OneStep(bundle), {"x0": x0, "states": states}, "latents", (latents, batch))
+            unet = _trace(OneStep(bundle), {"x0": x0, "states": states}, ["latents"], (latents, batch))
         yield "unet", unet
-        yield "vae", _trace(Decoder(bundle), {"latents": x0}, "pictures", (latents,))
+        yield "vae", _trace(Decoder(bundle), {"latents": x0}, ["pictures"], (latents,))
 
 
 @contextmanager
@@ -146,7 +195,7 @@ def _one_time(unet: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _trace(network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: tuple[Any, ...]) -> Any:
+def _trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], shapes: tuple[Any, ...]) -> Any:
     try:
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
@@ -160,14 +209,14 @@ def _trace(network: nn.Module, inputs: dict[str, Tensor], output: str, shapes: t
             optimize=True,
             verbose=False,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=outputs,
             dynamic_shapes=shapes,
         )
     assert program is not None
     return program.model
 
 
-def _write(folder: Path, model: Any) -> None:
+def _write(folder: Path, model: Any, name: str = GRAPH) -> None:
     import onnx_ir as ir
 
     there = _tensors(folder)
@@ -185,7 +234,7 @@ def _write(folder: Path, model: Any) -> None:
             value.const_value = ir.tensor(raw, name=value.name)
     for node in model.graph:
         node.metadata_props.clear()  # where in the sources it came from, half a megabyte
-    ir.save(model, folder / GRAPH)
+    ir.save(model, folder / name)
 
 
 def _refer(

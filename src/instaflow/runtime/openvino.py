@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from instaflow.errors import BundleError
-from instaflow.models.card import check_weights, read_card
-from instaflow.models.request import check_prompt, check_request
+from instaflow.errors import BundleError, PromptError
+from instaflow.models.card import check_control, check_weights, read_card
+from instaflow.models.request import Control, check_prompt, check_request
 
 GRAPH = "model.onnx"
+CONTROLLED = "controlled.onnx"  # beside the U-Net's: it under a ControlNet, whose graph lies in its own folder
 OWN_GRAPH = "openvino_model.xml"  # OpenVINO's own format, with openvino_model.bin: what quantised networks are kept in
 PARTS = ("text_encoder", "unet", "vae")
 FILES = ("unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
@@ -35,9 +36,16 @@ def has_graphs(folder: Path) -> bool:
 
 
 def graph_of(folder: Path, part: str) -> Path:
-    """The file of a part's graph, in OpenVINO's own format where it has one."""
+    """The file of a part's graph, in OpenVINO's own format where it has one; a ControlNet's is in its own folder."""
+    if part == "controlled":
+        return folder / "unet" / CONTROLLED
     own = folder / part / OWN_GRAPH
     return own if own.is_file() else folder / part / GRAPH
+
+
+def has_control_graphs(folder: Path, *controls: Path) -> bool:
+    """Whether a bundle folder and these ControlNets have the graphs of a drawing under control."""
+    return (folder / "unet" / CONTROLLED).is_file() and all((c / GRAPH).is_file() for c in controls)
 
 
 def load_openvino() -> Any:
@@ -149,7 +157,7 @@ class OpenVINOEngine:
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Token states (B, L, D); of a prompt longer than the encoder reads, the beginning."""
-        return self._run("text_encoder", self.card.image_size, *self.tokens(prompts))
+        return self._run("text_encoder", self.card.image_size, *self.tokens(prompts))[0]
 
     def tokens(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token numbers and which of them are not padding, both (B, L)."""
@@ -160,31 +168,60 @@ class OpenVINOEngine:
         return ids, mask
 
     def sample(
-        self, x0: np.ndarray, states: np.ndarray, *, steps: int = 1, guidance: float = 1.0, negative: str = ""
+        self,
+        x0: np.ndarray,
+        states: np.ndarray,
+        *,
+        steps: int = 1,
+        guidance: float = 1.0,
+        negative: str = "",
+        control: Sequence[Control] = (),
     ) -> np.ndarray:
         """X₀ + v(X₀, 0 | T), (B, C, h, w); one step is all that the graph does, and all that `check` lets through."""
-        return self._run("unet", x0.shape[-1] * self._factor, x0, states)
+        size = x0.shape[-1] * self._factor
+        found = [self._residuals(c, x0, states, size) for c in control if c.scale and c.start == 0]
+        if not found:
+            return self._run("unet", size, x0, states)[0]
+        return self._run("controlled", size, x0, states, *map(_sum, zip(*found, strict=True)))[0]
+
+    def load_control(self, folder: Path) -> str:
+        """A ControlNet's folder, as `Control.network` wants it.
+
+        Raises:
+            BundleError: it or the model has no graph of it, or it was trained for another model.
+        """
+        check_control(folder, self.card.name, self.card.weights)
+        if not has_control_graphs(self.folder, folder):
+            raise BundleError(f"{self.card.name!r} and {folder} have no graphs for {self.name}; use the engine torch")
+        return str(folder.resolve())
+
+    def _residuals(self, control: Control, x0: np.ndarray, states: np.ndarray, size: int) -> list[np.ndarray]:
+        if size != self.card.image_size:
+            raise PromptError(f"size={size}: {self.name} draws under control at {self.card.image_size}; use torch")
+        pictures = np.repeat(control.pixels(size, size), len(x0), axis=0)
+        return [np.float32(control.scale) * r for r in self._run(control.network, size, x0, states, pictures)]
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures (B, 3, H, W), nominally in [−1, 1]."""
-        return self._run("vae", latents.shape[-1] * self._factor, latents)
+        return self._run("vae", latents.shape[-1] * self._factor, latents)[0]
 
     def objects(self, pixels: np.ndarray) -> bool:
         """Never: a model with a safety checker that is on is torch's."""
         return False
 
-    def _run(self, part: str, size: int, *inputs: np.ndarray) -> np.ndarray:
-        """A graph on all rows, so many at a time as it is compiled for; the last ones are repeated to fill up."""
-        rows, start, parts = len(inputs[0]), 0, []
+    def _run(self, part: str, size: int, *inputs: np.ndarray) -> list[np.ndarray]:
+        """The outputs of a graph on all rows, so many at a time as it is compiled for; the last are repeated."""
+        rows, start = len(inputs[0]), 0
+        parts: list[list[np.ndarray]] = []
         while start < rows:
             batch = self._rows(rows - start)
             taken = [x[start : start + batch] for x in inputs]
             filled = [np.resize(x, (batch, *x.shape[1:])) for x in taken]
             request = self._graph(part, batch, size)
             request.infer(filled)
-            parts.append(request.get_output_tensor(0).data[: len(taken[0])].copy())
+            parts.append([out.data[: len(taken[0])].copy() for out in request.output_tensors])
             start += batch
-        return np.concatenate(parts)
+        return [np.concatenate(several) for several in zip(*parts, strict=True)]
 
     def _graph(self, part: str, batch: int, size: int) -> Any:
         """The part compiled for so many rows of this size, once."""
@@ -210,6 +247,11 @@ class OpenVINOEngine:
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
         return graph
+
+
+def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    total: np.ndarray = np.sum(arrays, axis=0)
+    return total
 
 
 def _widen(graph: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 from instaflow.errors import BundleError
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import Card
-from instaflow.models.control import Control, controlled
+from instaflow.models.control import controlled, load_control
 from instaflow.models.networks import decode_latents
+from instaflow.models.request import Control
 from instaflow.models.sampling import integrate
 
 
@@ -98,6 +101,10 @@ class TorchEngine:
             )
         array: np.ndarray = latents.float().cpu().numpy()
         return array
+
+    def load_control(self, folder: Path) -> Any:
+        """A ControlNet, as `Control.network` wants it; raises BundleError where it does not fit."""
+        return load_control(folder, self.bundle, self.card.weights)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:

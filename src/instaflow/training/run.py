@@ -27,8 +27,8 @@ from instaflow.data.pictures import Picture, content_hash, read_pictures
 from instaflow.data.prompts import read_prompts
 from instaflow.errors import DataError, RecipeError
 from instaflow.models.bundle import Bundle, load_autoencoder, publish, save_network
-from instaflow.models.card import Card, bundle_hash
-from instaflow.models.control import ControlCard, save_control
+from instaflow.models.card import Card, ControlCard, bundle_hash
+from instaflow.models.control import save_control
 from instaflow.models.hub import locate
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet

@@ -1,0 +1,101 @@
+"""What a control is worth on concepts unseen in training: edges followed, Fréchet distance, time.
+
+    instaflow control recipes/control-edges.toml
+    python benchmarks/control.py [FOLDER] [OUT]
+
+The controls are Canny's edges of the real pictures that were kept back. Edge agreement is the F1 of the drawn
+picture's own edges and the control's, each allowed one pixel off; its ceiling is that of the real pictures through the
+autoencoder, its chance level that of pictures drawn under another concept's control. Writes control.json and a sheet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import maximum_filter
+
+from instaflow.data.controls import control_picture
+from instaflow.evaluate.distances import interval
+from instaflow.evaluate.heldout import heldout_field, reconstruct
+from instaflow.images import save_grid
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import DEFAULT
+from instaflow.models.control import ControlledUNet, load_control
+from instaflow.models.sampling import noise, one_step
+from instaflow.recipe import load_recipe
+from instaflow.runtime.bench import _in_turn
+from instaflow.training.run import Run
+
+COUNT, BATCH, SHOWN = 2500, 64, 10
+
+
+def agreement(drawn: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    """F1 of edges within a pixel, (N,), of pictures and controls, uint8 (N, H, W, 3)."""
+    found = []
+    for picture, control in zip(drawn, controls, strict=True):
+        got, want = control_picture("edges", picture)[..., 0] > 127, control[..., 0] > 127
+        precision = (got & maximum_filter(want, 3)).sum() / max(1, got.sum())
+        recall = (want & maximum_filter(got, 3)).sum() / max(1, want.sum())
+        found.append(2 * precision * recall / max(1e-9, precision + recall))
+    return np.array(found)
+
+
+@torch.inference_mode()
+def main(folder: str = "runs/control-edges/edges/bundle", out: str = "runs/control-edges/measured") -> None:
+    """Draw, measure, print and write."""
+    run = Run(load_recipe(Path("recipes/control-edges.toml")), Path("runs"), cache=Path("data"))
+    bundle = Bundle.load(DEFAULT)
+    network = ControlledUNet(bundle.unet, load_control(folder, bundle, bundle.card.weights)).eval()
+    field = heldout_field(bundle, run.training_pictures, run.pictures("test"), count=COUNT, seed=0, device="cpu")
+    split: Any = field.splits[0]
+    row = {int(concept): i for i, concept in enumerate(split.real_concepts)}  # Noto has one picture a concept
+    rows = np.array([row[c] for c in split.concepts])
+    edges = np.stack([control_picture("edges", p) for p in split.real])
+    controls = edges[rows]
+
+    def draw(controlled: bool, first: int, count: int) -> np.ndarray:
+        part = slice(first, first + count)
+        states, x0 = bundle.encode(split.prompts[part]), noise(split.seeds[part], bundle.latent_shape())
+        pictures = torch.from_numpy(controls[part]).permute(0, 3, 1, 2).float() / 255
+        unet: Any = partial(network, pictures=pictures) if controlled else bundle.unet
+        return bundle.decode(one_step(unet, bundle, x0, states))
+
+    drawn = {
+        name: np.concatenate([draw(name == "controlled", i, BATCH) for i in range(0, COUNT, BATCH)])
+        for name in ("uncontrolled", "controlled")
+    }
+    f1 = {name: agreement(pictures, controls) for name, pictures in drawn.items()}
+    f1["controlled, against another concept's edges"] = agreement(drawn["controlled"], np.roll(controls, 1, axis=0))
+    f1["real, through the autoencoder"] = agreement(reconstruct(bundle, split.real), edges)
+    # concepts are the independent unit: the same edges are drawn under several noises
+    error = {name: v.std() / len(split.names) ** 0.5 for name, v in f1.items()}
+    ruler: Any = field.rulers()[0]
+    spread = {name: ruler.replicates(ruler.extract(pictures)) for name, pictures in drawn.items()}
+    took = _in_turn({name: partial(draw, name == "controlled", count=1) for name in drawn}, 60)
+    found = {
+        "pictures": COUNT,
+        "concepts": len(split.names),
+        "f1": {name: [round(float(v.mean()), 4), round(float(error[name]), 4)] for name, v in f1.items()},
+        "fd_lite0": {name: [round(v, 2) for v in interval(s)] for name, s in spread.items()},
+        "fd_difference": [round(v, 2) for v in interval(spread["controlled"] - spread["uncontrolled"])],
+        "fd_ratio": round(float(spread["controlled"][0] / spread["uncontrolled"][0]), 3),
+        "ms_torch": {name: round(float(np.median(v)), 2) for name, v in took.items()},
+        "megabytes": round(sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e6, 1),
+    }
+    print(json.dumps(found, indent=1))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "control.json").write_text(json.dumps(found, indent=1) + "\n")
+    chosen = np.arange(SHOWN) * (len(split.names) // SHOWN)
+    sheet = [controls, drawn["uncontrolled"], drawn["controlled"], split.real[rows]]
+    save_grid(np.concatenate([pictures[chosen] for pictures in sheet]), Path(out) / "control.png", columns=SHOWN)
+    print([split.prompts[i] for i in chosen])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
