@@ -23,7 +23,7 @@ from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime import loading
 from instaflow.runtime.loading import export, load_engine
-from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine
+from instaflow.runtime.openvino import FILLED, GRAPH, PARTS, OpenVINOEngine
 from instaflow.runtime.pytorch import TorchEngine
 
 PROMPTS = ["a red apple", "cat face, noto", "a green tree and a house", "sun"]
@@ -93,6 +93,16 @@ def test_a_picture_is_the_same_alone_and_among_others(
     for i in (0, 3, 15, 16, 19):
         alone = model.generate(many[i].prompt, seed=many[i].seed)
         assert alone.image.tobytes() == many[i].image.tobytes()
+
+
+@pytest.mark.parametrize("count", [FILLED - 1, FILLED, 15])
+def test_a_graph_that_is_filled_up_changes_no_picture(fast: OpenVINOEngine, count: int) -> None:
+    prompts, seeds = (PROMPTS * 4)[:count], range(50, 50 + count)
+    together = list(InstaFlow(fast).generate_many(prompts, seeds=seeds, together=16))
+    alone = [InstaFlow(fast).generate(p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
+    assert [d.png() for d in together] == [d.png() for d in alone]
+    rows = {batch for _, batch, _ in fast._graphs}
+    assert 16 in rows or count < FILLED
 
 
 def test_prompts_are_cut_where_torch_cuts_them(exact: OpenVINOEngine, reference: TorchEngine) -> None:

@@ -6,11 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 import uvicorn
+from peft import LoraConfig
 
 from instaflow.generate import InstaFlow
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import DEFAULT
+from instaflow.models.lora import ADAPTER, save_lora
 from instaflow.serve.app import create_app
 
 
@@ -37,3 +43,16 @@ def serving() -> Callable[..., AbstractContextManager[str]]:
 @pytest.fixture(scope="session")
 def flow() -> InstaFlow:
     return InstaFlow.load()
+
+
+@pytest.fixture(scope="session")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random ones, 'bold' and 'soft'."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("bold", "soft")):
+        torch.manual_seed(seed)
+        bundle = Bundle.load(DEFAULT)
+        names = ["to_q", "to_v"]
+        bundle.unet.add_adapter(LoraConfig(r=4, target_modules=names, init_lora_weights=False), ADAPTER)
+        save_lora(bundle, folder / f"{name}.safetensors")
+    return folder

@@ -11,28 +11,10 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-import torch
-from peft import LoraConfig
 
 from instaflow.generate import InstaFlow
-from instaflow.models.bundle import Bundle
-from instaflow.models.card import DEFAULT
-from instaflow.models.lora import ADAPTER, save_lora
 
 DRAW = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two random ones, 'bold' and 'soft'."""
-    folder = tmp_path_factory.mktemp("loras")
-    for seed, name in enumerate(("bold", "soft")):
-        torch.manual_seed(seed)
-        bundle = Bundle.load(DEFAULT)
-        names = ["to_q", "to_v"]
-        bundle.unet.add_adapter(LoraConfig(r=4, target_modules=names, init_lora_weights=False), ADAPTER)
-        save_lora(bundle, folder / f"{name}.safetensors")
-    return folder
 
 
 def test_a_request_mixes_them_by_name(serving: Callable[..., AbstractContextManager[str]], loras: Path) -> None:

@@ -6,14 +6,18 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from shutil import which
 from typing import Any
 
+import msgspec
 import pytest
 from PIL import Image
 
 from instaflow.generate import InstaFlow
+from instaflow.models.bundle import Bundle
+from instaflow.models.card import DEFAULT
 from instaflow.noise import Walk
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -25,6 +29,7 @@ Serving = Callable[..., AbstractContextManager[str]]
 
 NEW_AND_DONE = """before => { const now = document.querySelector("#row img").src;
     return now && now !== before && !document.querySelector("#row[aria-busy]") }"""
+SHOWN = "document.querySelector('#row img').alt.startsWith(document.querySelector('#prompt').value + ', ')"
 DONE = "!document.querySelector('#row[aria-busy]')"
 UNNAMED = """[...document.querySelectorAll("input, select, button")].filter(
     e => !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).map(e => e.id)"""
@@ -78,10 +83,10 @@ def test_type_walk_save_and_come_back(browser: Any, serving: Serving, flow: Inst
         seen = set()
         for letter in "cat face":
             page.keyboard.type(letter)
-            page.wait_for_timeout(60)
+            page.wait_for_function(SHOWN)
             seen.add(visit.picture)
-        cat = visit.drawn(apple)
-        assert len(seen | {cat}) >= 4  # it followed
+        assert len(seen) >= 7 and apple not in seen  # 'cat ' is 'cat'
+        cat = visit.picture
         name, png = visit.save()
         assert name == "cat-face-7.png" and png == flow.generate("cat face", seed=7).png()
 
@@ -150,3 +155,22 @@ def test_it_speaks_ukrainian_asks_for_a_key_and_fits_a_phone(browser: Any, servi
             page.keyboard.press("Tab")
             order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         assert order[:7] == ["A"] * 4 + ["seed", "mix", "seed2"]
+
+
+def test_it_offers_what_the_model_has(browser: Any, serving: Serving, loras: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(DEFAULT)
+    card = msgspec.structs.replace(bundle.card, kind="rectified", steps=2, guidance=1.0, max_guidance=4.0)
+    model = replace(bundle, card=card).save(tmp_path / "model")
+    flow = InstaFlow.load(model, lora=sorted(loras.glob("*")))
+    with serving(flow) as url:
+        visit = Visit(browser, url)
+        plain = visit.drawn("")
+        assert visit.page.locator("#steps").input_value() == "2"
+        visit.page.get_by_label("bold").fill("0.5")
+        bold = visit.drawn(plain)
+        visit.page.locator("#steps").fill("3")
+        visit.drawn(bold)
+        visit.page.locator("#guidance").fill("2")
+        visit.page.wait_for_function(DONE)
+        wanted = flow.generate("a red apple", seed=7, steps=3, guidance=2.0, lora_scale=(0.5, 0))
+        assert visit.save()[1] == wanted.png() and visit.errors == []

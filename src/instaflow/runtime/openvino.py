@@ -27,7 +27,7 @@ PARTS = ("text_encoder", "unet", "vae")
 FILES = ("unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
 SMALL = 128  # pixels a side: up to here pictures are drawn several at a time
 BATCHES = (1, 16)  # rows that graphs of small models are compiled for
-FILLED = 5  # rows from which on sixteen at once are quicker than one by one
+FILLED = 6  # rows from which on one run of sixteen is quicker than runs of one; it costs about five of those
 
 
 def has_graphs(folder: Path) -> bool:
