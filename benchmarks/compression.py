@@ -26,7 +26,7 @@ from instaflow.images import to_uint8
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import DEFAULT, read_card, weight_files
 from instaflow.noise import noise
-from instaflow.runtime.bench import _in_turn
+from instaflow.runtime.bench import in_turn
 from instaflow.runtime.openvino import OpenVINOEngine
 
 FULL = "full"
@@ -108,7 +108,7 @@ def latencies(folders: dict[str, Path], runs: int) -> dict[str, dict[str, float]
     }
     found: dict[str, dict[str, float]] = {}
     for what, draws in (("unet_ms", steps), ("picture_ms", whole)):
-        for name, took in _in_turn(draws, runs).items():
+        for name, took in in_turn(draws, runs).items():
             found.setdefault(name, {})[what] = round(float(np.median(took)), 2)
     return found
 

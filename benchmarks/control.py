@@ -29,7 +29,7 @@ from instaflow.models.card import DEFAULT
 from instaflow.models.control import ControlledUNet, load_control
 from instaflow.models.sampling import noise, one_step
 from instaflow.recipe import load_recipe
-from instaflow.runtime.bench import _in_turn
+from instaflow.runtime.bench import in_turn
 from instaflow.training.run import Run
 
 COUNT, BATCH, SHOWN = 2500, 64, 10
@@ -77,7 +77,7 @@ def main(folder: str = "runs/control-edges/edges/bundle", out: str = "runs/contr
     error = {name: v.std() / len(split.names) ** 0.5 for name, v in f1.items()}
     ruler: Any = field.rulers()[0]
     spread = {name: ruler.replicates(ruler.extract(pictures)) for name, pictures in drawn.items()}
-    took = _in_turn({name: partial(draw, name == "controlled", count=1) for name in drawn}, 60)
+    took = in_turn({name: partial(draw, name == "controlled", count=1) for name in drawn}, 60)
     found = {
         "pictures": COUNT,
         "concepts": len(split.names),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from msgspec.structs import replace
 
-from instaflow.cli.app import Root, app, hush
+from instaflow.cli.app import Root, app, check_free, hush
 from instaflow.errors import DataError
 
 
@@ -129,8 +129,7 @@ def merge(
     text_encoder
         Whose text encoder: into or tuned.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"--out {out} is there already; name a folder that is not")
+    check_free(out)
     hush()
     from instaflow.models.merge import merge as add
 

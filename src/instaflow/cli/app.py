@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter, Token
 
 from instaflow import __version__
-from instaflow.errors import PromptError
+from instaflow.errors import DataError, PromptError
 
 app = App(
     name="instaflow",
@@ -32,6 +32,18 @@ def whole(_type: type, tokens: Sequence[Token]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=whole)]
+Device = Annotated[str, Parameter(help="cpu, or where torch is to draw: cuda, mps.")]
+Engine = Annotated[
+    str | None,
+    Parameter(
+        name=["--engine", "-e"],
+        help="openvino (a one-step model on a CPU) or torch; left out, the faster one that can.",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    Parameter(help="Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own."),
+]
 Root = Annotated[Path, Parameter(help="Where run folders go.")]
 Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.")]
 
@@ -41,3 +53,9 @@ def hush() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def check_free(out: Path) -> None:
+    """Raise DataError where something lies already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"--out {out} is there already; name a folder that is not")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from instaflow.cli.app import Cache, Whole, app, hush
+from instaflow.cli.app import Cache, Whole, app, check_free, hush
 from instaflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def prune(
     if not lr > 0:
         raise RecipeError(f"--lr={lr:g} is not allowed; use more than 0")
     if not dry_run:
-        _free(out)
+        check_free(out)
     hush()
     from instaflow.compress.heal import heal
     from instaflow.compress.targets import TARGETS, named
@@ -135,11 +135,6 @@ def _one_step(bundle: Bundle) -> None:
 
     if bundle.card.kind != "one-step":
         raise BundleError(f"{bundle.card.name!r} is a {bundle.card.kind} model; one-step models are made smaller here")
-
-
-def _free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"--out {out} is there already; name a folder that is not")
 
 
 def _print_plan(chosen: Plan, whole: Bundle) -> None:
@@ -200,7 +195,7 @@ def quantise(
     """
     if not threshold >= 0:
         raise DataError(f"--threshold={threshold:g} is not allowed; use 0 or more")
-    _free(out)
+    check_free(out)
     hush()
     from instaflow.compress import quantise as quantising
     from instaflow.data.prompts import read_prompts
@@ -282,6 +277,6 @@ def export(
     from instaflow.models.request import LoRA
     from instaflow.runtime import loading
 
-    _free(out)
+    check_free(out)
     loras = [LoRA.read(text) for text in lora]
     print(loading.export(locate(DEFAULT if model is None else model), out, loras=loras, to=to))

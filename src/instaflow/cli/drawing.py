@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from instaflow.cli.app import Whole, app, hush, whole
+from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush, whole
 from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def generate(
     model: str | None = None,
     lora: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     lora_scale: float = 1.0,
-    device: str = "cpu",
-    engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
-    precision: str | None = None,
+    device: Device = "cpu",
+    engine: Engine = None,
+    precision: Precision = None,
     decoder: str | None = None,
     control: Annotated[list[str] | None, Parameter(negative="")] = None,
     control_scale: float = 1.0,
@@ -87,12 +87,6 @@ def generate(
         A LoRA for that model, a .safetensors file or a hub id, at a scale with '=0.7' behind it; may be repeated.
     lora_scale
         How much of the LoRAs counts, times the scale of each, usually 0 to 1.
-    device
-        cpu, or where torch is to draw: cuda, mps.
-    engine
-        openvino (a one-step model on a CPU) or torch; left out, the faster one that can.
-    precision
-        Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own.
     decoder
         A tiny decoder in place of the model's own: a folder or hub id (TAESD), or what a decoder stage made.
     control
@@ -248,9 +242,9 @@ def bench(
     against: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     runs: int = 30,
     cold_runs: int = 3,
-    device: str = "cpu",
-    engine: Annotated[str | None, Parameter(name=["--engine", "-e"])] = None,
-    precision: str | None = None,
+    device: Device = "cpu",
+    engine: Engine = None,
+    precision: Precision = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
 ) -> None:
     """Measure how fast a model draws here: warm, cold, part by part, and beside other ways of running it.
@@ -266,26 +260,18 @@ def bench(
     model
         A one-step model; left out, the default one.
     against
-        Peers that draw the same picture in turn: torch, onnxruntime, diffusers.
+        Peers that draw the same picture in turn: torch, onnxruntime, diffusers, openvino-genai.
     runs
         Warm pictures of each.
     cold_runs
         Whole processes from start to picture; 0 measures none.
-    device
-        cpu, or where torch is to draw.
-    engine
-        openvino or torch; left out, the faster one that can.
-    precision
-        The engine's precision.
     out
         A .json file for the figures.
     """
-    if runs < 1 or cold_runs < 0:
-        raise (
-            DataError(f"--runs={runs} is not allowed; use 1 or more")
-            if runs < 1
-            else DataError(f"--cold-runs={cold_runs} is not allowed; use 0 or more")
-        )
+    if runs < 1:
+        raise DataError(f"--runs={runs} is not allowed; use 1 or more")
+    if cold_runs < 0:
+        raise DataError(f"--cold-runs={cold_runs} is not allowed; use 0 or more")
     if out is not None and out.suffix != ".json":
         raise DataError(f"--out {out}: figures are written as .json")
     hush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from instaflow.cli.app import Whole, app, hush
+from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush
 from instaflow.errors import DataError
 
 
@@ -18,9 +18,9 @@ def serve(
     queue: Whole = 64,
     api_key_file: Path | None = None,
     loras: Path | None = None,
-    device: str = "cpu",
-    engine: str | None = None,
-    precision: str | None = None,
+    device: Device = "cpu",
+    engine: Engine = None,
+    precision: Precision = None,
     safety: bool = True,
 ) -> None:
     """Serve a model over HTTP: OpenAI's image endpoint, and a page that draws while you type.
@@ -44,12 +44,6 @@ def serve(
         A file with the key that clients must send.
     loras
         A folder of .safetensors LoRAs for this model, which requests mix by name; torch draws then.
-    device
-        cpu, or where torch is to draw.
-    engine
-        openvino or torch; left out, the faster one that can.
-    precision
-        The engine's precision.
     safety
         Run the model's own safety checker, when it has one.
     """

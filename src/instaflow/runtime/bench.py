@@ -68,7 +68,7 @@ def bench(
     }
     whole: dict[str, Draw] = {engine.name: lambda i: _draw(engine, [i])}
     whole |= {name: peer(name, source) for name in against}
-    timed = _in_turn(whole, runs)
+    timed = in_turn(whole, runs)
     ours = np.array(timed[engine.name])
     report: dict[str, Any] = {
         "model": engine.card.name,
@@ -77,10 +77,10 @@ def bench(
         "cpus": os.cpu_count(),
         "picture": {k: _spread(v) for k, v in timed.items()},
         "ratio": {k: round(float(np.median(np.array(timed[k]) / ours)), 2) for k in against},
-        "parts": {k: _spread(v) for k, v in _in_turn(parts, runs).items()},
+        "parts": {k: _spread(v) for k, v in in_turn(parts, runs).items()},
     }
     if engine.batch > 1:
-        [several] = _in_turn({"batch": lambda i: _draw(engine, range(i, i + engine.batch))}, max(3, runs // 4)).values()
+        [several] = in_turn({"batch": lambda i: _draw(engine, range(i, i + engine.batch))}, max(3, runs // 4)).values()
         report["batch"] = {"pictures": engine.batch, "per_picture": _spread([t / engine.batch for t in several])}
     if isinstance(engine, OpenVINOEngine):
         peak = machine_peak(engine.precision)
@@ -106,7 +106,7 @@ def _draw(engine: Engine, seeds: Sequence[int]) -> np.ndarray:
     return engine.decode(_step(engine, x0, engine.encode([PROMPT] * len(seeds))))
 
 
-def _in_turn(draws: dict[str, Draw], runs: int) -> dict[str, list[float]]:
+def in_turn(draws: dict[str, Draw], runs: int) -> dict[str, list[float]]:
     """Milliseconds of `runs` calls of each, some of one and then of the next, after a warm-up at every change."""
     took: dict[str, list[float]] = {name: [] for name in draws}
     for first in range(0, runs, TURN):
@@ -307,7 +307,7 @@ def machine_peak(precision: str, side: int = 3072) -> float:
     options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
     x = noise([1], (side, side))[0]
-    took = _in_turn({"gemm": lambda _: request.infer([x])}, 10)["gemm"]
+    took = in_turn({"gemm": lambda _: request.infer([x])}, 10)["gemm"]
     return 2 * side**3 / (min(took) / 1000)
 
 
