@@ -265,7 +265,7 @@ def _to_genai(source: Path, folder: Path) -> int:
         "unet": (
             unet,
             lambda x, t, c: unet(x, t, c).sample,
-            {"sample": latents, "timestep": torch.tensor(1), "encoder_hidden_states": states},
+            {"sample": latents, "timestep": torch.tensor([1]), "encoder_hidden_states": states},
             "out_sample",
         ),
         "vae_decoder": (vae, lambda z: vae.decode(z).sample, {"latent_sample": latents}, "sample"),
