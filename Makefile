@@ -53,4 +53,5 @@ $(VENV)/all: pyproject.toml constraints.txt | $(BIN)/python
 	echo "Setting up $(VENV) with the tools for development (some minutes, once)" >&2
 	$(PIP) --editable '.[train,eval,dev]'
 	$(PIP) --no-deps torch-fidelity # without the torchvision that it asks for and we do not use
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # the tests start a hundred processes, and each would compile
 	touch $@ $(VENV)/base
