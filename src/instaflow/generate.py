@@ -18,7 +18,7 @@ from PIL import Image
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.images import save_png, to_png, to_uint8
-from instaflow.models.request import Control, LoRA
+from instaflow.models.request import Blend, Control, LoRA
 from instaflow.noise import Walk, noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
@@ -42,9 +42,14 @@ class Drawing:
     seed2: int | None = None
     mix: float = 0.0
     """Where the noise lies between that of `seed` and that of `seed2`."""
+    prompt2: str = ""
+    prompt_mix: float = 0.0
+    """Where the words lie between `prompt` and `prompt2`."""
     negative: str = ""
     lora: str = ""
     """Name and scale of each LoRA that counts."""
+    control: str = ""
+    """Name and scale of each control that counts."""
     engine: str = ""
     """What drew it, and in which precision."""
     blocked: bool = False
@@ -63,12 +68,16 @@ class Drawing:
         }
         if self.seed2 is not None:
             text |= {"seed2": str(self.seed2), "mix": repr(self.mix)}
+        if self.prompt2:
+            text |= {"prompt2": self.prompt2, "prompt mix": repr(self.prompt_mix)}
         if self.engine:
             text["engine"] = self.engine
         if self.negative:
             text["negative prompt"] = self.negative
         if self.lora:
             text["lora"] = self.lora
+        if self.control:
+            text["control"] = self.control
         if self.blocked:
             text["blocked"] = "by the model's safety checker"
         return text
@@ -132,7 +141,7 @@ class InstaFlow:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Blend,
         *,
         seed: int | Walk = 0,
         style: str | None = None,
@@ -159,7 +168,7 @@ class InstaFlow:
 
     def generate_many(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Blend],
         *,
         seeds: Sequence[int | Walk],
         style: str | None = None,
@@ -177,7 +186,7 @@ class InstaFlow:
         any batch.
 
         Args:
-            prompts: what to draw.
+            prompts: what to draw; a `Blend` is between two prompts, and is drawn singly.
             seeds: one a prompt, 0 ≤ seed < 2⁶³, or a `Walk` from one to another; its beginning is the first seed.
             style: one of the model's styles; None leaves it to the model.
             size: side in pixels; None takes the model's own.
@@ -197,7 +206,7 @@ class InstaFlow:
         steps = card.steps if steps is None else steps
         guidance = card.guidance if guidance is None else guidance
         size = card.image_size if size is None else size
-        self.engine.check(steps=steps, guidance=guidance, size=size, negative=negative)
+        self.engine.check(steps=steps, guidance=guidance, size=size, negative=negative, control=control)
         if style is not None and style not in card.styles:
             raise PromptError(f"unknown style {style!r}; {card.name!r} knows: {', '.join(card.styles) or 'none'}")
         if lora_scale != 1.0 and not self.loras:
@@ -207,23 +216,29 @@ class InstaFlow:
         scales = lora_scale if isinstance(lora_scale, Sequence) else [lora_scale] * len(self.loras)
         if len(scales) != len(self.loras):
             raise PromptError(f"lora_scale={lora_scale} is not allowed; use one number, or {len(self.loras)}")
-        for walk in (s for s in seeds if isinstance(s, Walk)):
-            if not 0 <= walk.mix <= 1:
-                raise PromptError(f"mix={walk.mix:g} is not allowed; use 0 to 1")
+        for between in (x for x in [*seeds, *prompts] if isinstance(x, Walk | Blend)):
+            if not 0 <= between.mix <= 1:
+                raise PromptError(f"mix={between.mix:g} is not allowed; use 0 to 1")
         seeds = [s.seed if isinstance(s, Walk) and s.mix == 0 else s for s in seeds]
         for seed in (n for s in seeds for n in (s[:2] if isinstance(s, Walk) else [s])):
             if not isinstance(seed, int):
                 raise PromptError(f"seed={seed!r} is not allowed; use a whole number")
             if not 0 <= seed <= LARGEST_SEED:
                 raise PromptError(f"seed={seed} is not allowed; use 0 to {LARGEST_SEED}")
-        texts = [f"{p}, {style}" if style else p for p in prompts]
-        for text in dict.fromkeys([*prompts, *texts, *([negative] if negative else [])]):
+        styled = f", {style}" if style else ""
+        texts = [
+            Blend(p.prompt + styled, p.prompt2 + styled, p.mix) if isinstance(p, Blend) else f"{p}{styled}"
+            for p in prompts
+        ]
+        ends = [end for p in [*prompts, *texts] for end in (p[:2] if isinstance(p, Blend) else [p])]
+        for text in dict.fromkeys([*ends, *([negative] if negative else [])]):
             self.engine.check_prompt(text)
+        texts = [p.prompt if isinstance(p, Blend) and p.mix == 0 else p for p in texts]
         return self._draw(texts, seeds, steps, guidance, size, negative, scales, control, together)
 
     def _draw(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Blend],
         seeds: Sequence[int | Walk],
         steps: int,
         guidance: float,
@@ -242,6 +257,8 @@ class InstaFlow:
         if control:
             options["control"] = control
         together = min(engine.batch, together or (engine.batch if len(rows) >= MANY else 1))
+        if any(isinstance(p, Blend) for p in prompts):
+            together = 1
         if size != engine.card.image_size:
             together = 1  # at 32 pixels one default picture in some 64 rounded differently among 16
         engine.prepare(together, size)
@@ -250,7 +267,7 @@ class InstaFlow:
             if scaled:
                 set_lora_scales(engine.bundle, [lora.scale for lora in loras])  # type: ignore[attr-defined]
             start = time.perf_counter()
-            latents = engine.sample(noise(numbers, engine.latent_shape(size)), engine.encode(texts), **options)
+            latents = engine.sample(noise(numbers, engine.latent_shape(size)), self._encode(texts), **options)
             decoded = engine.decode(latents)
             with np.errstate(invalid="ignore"):
                 pixels = to_uint8(decoded)
@@ -265,7 +282,9 @@ class InstaFlow:
                 blocked = engine.objects(pixels[i])
                 yield Drawing(
                     image=Image.fromarray(np.zeros_like(pixels[i]) if blocked else pixels[i]),
-                    prompt=prompt,
+                    prompt=prompt.prompt if isinstance(prompt, Blend) else prompt,
+                    prompt2=prompt.prompt2 if isinstance(prompt, Blend) else "",
+                    prompt_mix=prompt.mix if isinstance(prompt, Blend) else 0.0,
                     **(seed._asdict() if isinstance(seed, Walk) else {"seed": seed}),
                     model=engine.card.name,
                     steps=steps,
@@ -273,6 +292,15 @@ class InstaFlow:
                     latency_ms=latency_ms,
                     negative=negative,
                     lora=", ".join(lora.name for lora in loras if lora.scale),
+                    control=", ".join(f"{c.name} at {c.scale:g}" for c in control if c.scale),
                     engine=engine.name,
                     blocked=blocked,
                 )
+
+    def _encode(self, prompts: Sequence[str | Blend]) -> Any:
+        """Token states of prompts, or of the one `Blend`."""
+        blend = prompts[0]
+        if not isinstance(blend, Blend):
+            return self.engine.encode([str(p) for p in prompts])
+        here, there = (self.engine.encode([text]) for text in blend[:2])
+        return here + blend.mix * (there - here)

@@ -6,22 +6,28 @@ import base64
 import io
 import json
 import random
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx2 as httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
 
 from instaflow.generate import InstaFlow
+from instaflow.models.hub import CONTROLS
+from instaflow.models.request import Blend, Control, read_image
 from instaflow.noise import Walk
 from instaflow.serve.app import Limits
 
@@ -32,7 +38,7 @@ PROMPTS = ["a red apple", "cat face", "green frog", "sun"]
 
 @pytest.fixture(scope="module")
 def url(serving: Serving, flow: InstaFlow) -> Iterator[str]:
-    with serving(flow, limits=Limits(queue=400, body_bytes=10_000)) as found:
+    with serving(flow, controls={"edges": CONTROLS / "edges"}, limits=Limits(queue=400, body_bytes=10_000)) as found:
         yield found
 
 
@@ -90,7 +96,83 @@ def test_a_walk_between_two_seeds(client: httpx.Client, flow: InstaFlow) -> None
     assert walk(0.5) != walk(0.6)
     with Image.open(io.BytesIO(walk(0.5)[0])) as picture:
         assert (picture.text["seed"], picture.text["seed2"], picture.text["mix"]) == ("7", "30", "0.5")
-    assert "needs seed2" in client.post(DRAW, json={"prompt": "sun", "mix": 0.5}).text
+    assert "needs seed2 or prompt2" in client.post(DRAW, json={"prompt": "sun", "mix": 0.5}).text
+
+
+def test_a_walk_between_two_prompts(client: httpx.Client, flow: InstaFlow) -> None:
+    def walk(mix: float) -> bytes:
+        asked = {"prompt": "a red apple", "prompt2": "a green apple", "seed": 7, "mix": mix}
+        return png(client.post(DRAW, json=asked).json()["data"][0])
+
+    assert walk(0) == flow.generate("a red apple", seed=7).png()
+    assert walk(0.5) == flow.generate(Blend("a red apple", "a green apple", 0.5), seed=7).png()
+    ends = [np.array(Image.open(io.BytesIO(walk(m))), float) for m in (0, 0.5, 1)]
+    assert np.abs(ends[2] - np.array(flow.generate("a green apple", seed=7).image, float)).max() <= 2
+    red_less_green = [float((e[..., 0] - e[..., 1]).mean()) for e in ends]
+    assert red_less_green[0] > red_less_green[1] > red_less_green[2]
+    with Image.open(io.BytesIO(walk(0.5))) as picture:
+        assert (picture.text["prompt2"], picture.text["prompt mix"]) == ("a green apple", "0.5")
+
+
+SKETCH = Path("examples/sketch.png")
+
+
+def test_a_control_is_chosen_by_name_and_shown_a_picture(client: httpx.Client, flow: InstaFlow) -> None:
+    assert client.get("/v1/models").json()["data"][0]["instaflow"]["controls"] == {"edges": "edges"}
+    shown = {"image": base64.b64encode(SKETCH.read_bytes()).decode(), "scale": 0.8}
+    asked = {"prompt": "a blue fish", "n": 2, "seed": 7, "control": {"edges": shown}}
+    drawn = [png(d) for d in client.post(DRAW, json=asked).json()["data"]]
+    edges = flow.engine.load_control(CONTROLS / "edges")
+    control = Control(network=edges, name="edges", image=read_image(SKETCH), scale=0.8)
+    assert drawn == [flow.generate("a blue fish", seed=s, control=[control]).png() for s in (7, 8)]
+    with Image.open(io.BytesIO(drawn[0])) as picture:
+        assert picture.text["control"] == "edges at 0.8"
+
+
+def forged(width: int, height: int) -> bytes:
+    """A PNG whose header says this size and whose pixels are one."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rest = b"IDAT" + zlib.compress(b"\0\0\0\0")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, rest, b"IEND")
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (forged(50_000, 50_000), "too large"),
+        (forged(8_000, 8_000), "8000x8000"),
+        (forged(1025, 8), "1025x8"),
+        (forged(64, 64), "no PNG"),
+        (SKETCH.read_bytes()[:100], "no PNG"),
+        (b"GIF89a" + bytes(50), "no PNG"),
+        (b"", "no PNG"),
+    ],
+)
+def test_a_broken_control_picture_is_refused_before_it_is_decoded(
+    client: httpx.Client, image: bytes, said: str
+) -> None:
+    asked = {"prompt": "sun", "control": {"edges": {"image": base64.b64encode(image).decode()}}}
+    answer = client.post(DRAW, json=asked)
+    assert answer.status_code == 400
+    assert re.match(f"control.edges.image: .*({said})", answer.json()["error"]["message"])
+
+
+def test_a_wrong_control_is_refused(client: httpx.Client) -> None:
+    whole = {"image": base64.b64encode(SKETCH.read_bytes()).decode()}
+    for control, said in (
+        ({"../edges": whole}, "there is: edges"),
+        ({"edges": {"image": "no base64!"}}, "no base64"),
+        ({"edges": {"image": "ü"}}, "no base64"),
+        ({"edges": {"image": "/etc/passwd"}}, "no PNG|no base64"),
+        ({"edges": {**whole, "scale": 3}}, "less than or equal to 2"),
+        ({"edges": {**whole, "size": 3}}, "not permitted"),
+    ):
+        answer = client.post(DRAW, json={"prompt": "sun", "control": control})
+        assert answer.status_code == 400 and re.search(said, answer.json()["error"]["message"]), answer.text
+    answer = client.post(DRAW, json={"prompt": "sun", "size": "32x32", "control": {"edges": whole}})
+    assert answer.status_code == 400 and "under control at 64" in answer.text
 
 
 def corpus() -> list[bytes]:
@@ -117,13 +199,18 @@ def corpus() -> list[bytes]:
         ("seed", 0),
         ("seed2", 0),
         ("mix", 0),
-        *(("prompt", v) for v in strange if isinstance(v, str) and v.endswith(("2", "0", "9", "etc"))),
+        *(
+            (p, v)
+            for p in ("prompt", "prompt2")
+            for v in strange
+            if isinstance(v, str) and v.endswith(("2", "0", "9", "etc"))
+        ),
     }
     found = []
-    for field in [*good, "response_format", "seed2", "mix", "style", "lora", "control", "model", "nonsense"]:
+    for field in [*good, "response_format", "seed2", "prompt2", "mix", "style", "lora", "control", "model", "nonsense"]:
         for value in strange:
             wrong = isinstance(value, list | dict | bool) or (field, value) not in sound
-            if wrong and (field, value) not in (("guidance", True), ("lora", {})):
+            if wrong and (field, value) not in (("guidance", True), ("lora", {}), ("control", {})):
                 found.append(json.dumps({**good, field: value}).encode())
     whole = json.dumps(good).encode()
     found += [whole[:i] for i in range(0, len(whole), 4)]

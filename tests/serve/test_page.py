@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +20,8 @@ from PIL import Image
 from instaflow.generate import InstaFlow
 from instaflow.models.bundle import Bundle
 from instaflow.models.card import DEFAULT
+from instaflow.models.hub import CONTROLS
+from instaflow.models.request import Blend, Control
 from instaflow.noise import Walk
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -155,6 +159,50 @@ def test_it_speaks_ukrainian_asks_for_a_key_and_fits_a_phone(browser: Any, servi
             page.keyboard.press("Tab")
             order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         assert order[:7] == ["A"] * 4 + ["seed", "mix", "seed2"]
+
+
+def test_a_sketch_is_followed_comes_back_and_is_wiped(browser: Any, serving: Serving, flow: InstaFlow) -> None:
+    with serving(flow, controls={"edges": CONTROLS / "edges"}) as url:
+        visit = Visit(browser, url)
+        page, free = visit.page, visit.drawn("")
+        pad = page.locator("#pad")
+        pad.scroll_into_view_if_needed()
+        box = pad.bounding_box()
+        page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.1 * box["height"])
+        page.mouse.down()
+        for i in range(13):
+            angle = math.tau * (i / 12 - 0.25)
+            x, y = 0.5 + 0.4 * math.cos(angle), 0.5 + 0.4 * math.sin(angle)
+            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.mouse.up()
+        page.wait_for_function(DONE)
+        sketched = visit.picture
+        assert sketched != free
+        sketch = io.BytesIO(base64.b64decode(page.evaluate("pad.toDataURL('image/png')").split(",")[1]))
+        edges = flow.engine.load_control(CONTROLS / "edges")
+        control = Control(network=edges, name="edges", image=Image.open(sketch))
+        assert visit.save()[1] == flow.generate("a red apple", seed=7, control=[control]).png()
+        page.wait_for_function("document.querySelector('#history img')?.src === document.querySelector('#row img').src")
+
+        page.locator("#wipe").click()
+        assert visit.drawn(sketched) == free
+        page.locator("#history button").first.click()
+        assert visit.drawn(free) == sketched
+        page.locator("#strength").fill("0")
+        assert visit.drawn(sketched) == free and visit.errors == []
+
+
+def test_the_slider_walks_between_words(browser: Any, serving: Serving, flow: InstaFlow) -> None:
+    with serving(flow) as url:
+        visit = Visit(browser, url)
+        red = visit.drawn("")
+        assert not visit.page.locator("#sketch").is_visible()
+        visit.page.locator("#prompt2").fill("a green apple")
+        visit.page.locator("#mix").fill("0.5")
+        visit.drawn(red)
+        visit.page.wait_for_function(DONE)
+        assert visit.save()[1] == flow.generate(Blend("a red apple", "a green apple", 0.5), seed=7).png()
+        assert visit.errors == []
 
 
 def test_it_offers_what_the_model_has(browser: Any, serving: Serving, loras: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def generate(
 
     shown = _read_controls(control or [])
     if shown:
-        able = _engine_for(model, [folder for folder, _ in shown])
+        able = engine_for(model, [folder for folder, _ in shown])
         engine = engine or able
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
@@ -121,7 +121,12 @@ def generate(
         negative=negative,
         lora_scale=lora_scale,
         control=[
-            Control(network=flow.engine.load_control(folder), image=read_image(picture), scale=control_scale)
+            Control(
+                network=flow.engine.load_control(folder),
+                name=folder.name,
+                image=read_image(picture),
+                scale=control_scale,
+            )
             for folder, picture in shown
         ],
     )
@@ -164,7 +169,7 @@ def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
     return found
 
 
-def _engine_for(model: str | None, controls: list[Path]) -> str | None:
+def engine_for(model: str | None, controls: list[Path]) -> str | None:
     """torch where the model or a control has no graphs of a drawing under control.
 
     Raises:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush
+from instaflow.cli.drawing import engine_for
 from instaflow.errors import DataError
 
 
@@ -18,6 +19,7 @@ def serve(
     queue: Whole = 64,
     api_key_file: Path | None = None,
     loras: Path | None = None,
+    controls: Path | None = None,
     device: Device = "cpu",
     engine: Engine = None,
     precision: Precision = None,
@@ -44,6 +46,9 @@ def serve(
         A file with the key that clients must send.
     loras
         A folder of .safetensors LoRAs for this model, which requests mix by name; torch draws then.
+    controls
+        A folder of ControlNets, each a folder, for this model, which requests choose by name; left out, those that come
+        with the default model.
     safety
         Run the model's own safety checker, when it has one.
     """
@@ -57,6 +62,9 @@ def serve(
     files = sorted(loras.glob("*.safetensors")) if loras else []
     if loras is not None and not files:
         raise DataError(f"--loras {loras} is not allowed; use a folder with .safetensors files")
+    nets = _find_controls(model, controls)
+    if controls is not None:
+        engine = engine or engine_for(model, [*nets.values()])
     hush()
     import uvicorn
 
@@ -65,8 +73,20 @@ def serve(
 
     flow = InstaFlow.load(model, lora=files, device=device, safety=safety, engine=engine, precision=precision)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
-    served = create_app(flow, limits=Limits(queue=queue), api_key=key)
+    served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+
+
+def _find_controls(model: str | None, folder: Path | None) -> dict[str, Path]:
+    """Name → folder: of those asked for, or else of those that come with the default model."""
+    from instaflow.models.hub import CONTROLS
+
+    if folder is None and model is not None:
+        return {}
+    found = {p.name: p for p in sorted((folder or CONTROLS).glob("*")) if (p / "config.json").is_file()}
+    if folder is not None and not found:
+        raise DataError(f"--controls {folder} is not allowed; use a folder with ControlNets' folders")
+    return found
 
 
 def _read_key(file: Path) -> str:

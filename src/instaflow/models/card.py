@@ -108,15 +108,20 @@ class ControlCard(msgspec.Struct, frozen=True, kw_only=True):
     lineage: dict[str, Any] = {}
 
 
-def check_control(folder: Path, model: str, weights: str) -> None:
-    """Raise BundleError when a ControlNet's card names another base than the model of these weights; '' fits all."""
+def read_control_card(folder: Path) -> ControlCard | None:
+    """A ControlNet's card; others' folders have none. Raises BundleError where it is damaged."""
     try:
-        card = msgspec.json.decode((folder / CONTROL_CARD).read_bytes(), type=ControlCard)
-    except FileNotFoundError:  # others' folders have none
-        return
+        return msgspec.json.decode((folder / CONTROL_CARD).read_bytes(), type=ControlCard)
+    except FileNotFoundError:
+        return None
     except msgspec.DecodeError as error:
         raise BundleError(f"damaged card {folder / CONTROL_CARD}: {error}") from error
-    if weights and card.base_hash and weights != card.base_hash:
+
+
+def check_control(folder: Path, model: str, weights: str) -> None:
+    """Raise BundleError when a ControlNet's card names another base than the model of these weights; '' fits all."""
+    card = read_control_card(folder)
+    if card is not None and weights and card.base_hash and weights != card.base_hash:
         raise BundleError(f"the ControlNet {folder} was trained for {card.base!r}, not for {model!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from instaflow.errors import PromptError
 from instaflow.models.card import Card
@@ -59,6 +60,15 @@ def check_request(card: Card, unit: int, *, steps: int, guidance: float, size: i
         )
 
 
+class Blend(NamedTuple):
+    """Words between two prompts: on the line from the one's token states to the other's."""
+
+    prompt: str
+    prompt2: str
+    mix: float
+    """0 is `prompt`, 1 is `prompt2`."""
+
+
 class LoRA(NamedTuple):
     """A LoRA that is asked for, and how much of it."""
 
@@ -94,6 +104,8 @@ class Control:
 
     network: Any
     """What its engine's `load_control` gave."""
+    name: str = "control"
+    """What a picture's metadata calls it."""
     image: Image.Image
     """As the ControlNet was trained to see it: white lines on black for edges. Resized to the drawing's size, its sides
     each on their own, by Lanczos."""
@@ -131,5 +143,27 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise PromptError(f"no such control picture: {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise PromptError(f"unreadable control picture {path}: {error}") from error
+
+
+def decode_image(data: bytes, largest: int) -> Image.Image:
+    """A control picture from a stranger's bytes: PNG, JPEG or WebP, its size read before anything is decoded.
+
+    Args:
+        data: the file.
+        largest: most pixels a side.
+
+    Raises:
+        PromptError: it is too large, or no such picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if max(image.size) <= largest:
+                return image.convert("RGB")
+            width, height = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PromptError(f"the picture is too large; allowed: up to {largest} pixels a side") from error
+    except Exception as error:  # decoders raise whatever broken bytes lead them to
+        raise PromptError("this is no PNG, JPEG or WebP picture that can be read") from error
+    raise PromptError(f"the picture has {width}x{height} pixels; allowed: up to {largest} a side")

@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Pictures worth drawing together; each is, to the bit, what it would be alone."""
         ...
 
-    def check(self, *, steps: int, guidance: float, size: int, negative: str) -> None:
+    def check(self, *, steps: int, guidance: float, size: int, negative: str, control: Sequence[Control] = ()) -> None:
         """Raise PromptError for what this model cannot do."""
         ...
 
@@ -38,8 +38,14 @@ class Engine(Protocol):
         """Raise PromptError for a prompt that it cannot read."""
         ...
 
-    def prepare(self, count: int, size: int) -> None:
-        """Make ready for so many pictures of this size: what takes time and is no picture's own."""
+    def prepare(self, count: int, size: int, networks: Sequence[Any] = ()) -> None:
+        """Make ready for so many pictures of this size, under these controls: what takes time and is no picture's own.
+
+        Args:
+            count: pictures drawn together.
+            size: side in pixels.
+            networks: what `load_control` gave.
+        """
         ...
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ class OpenVINOEngine:
         self.batches = BATCHES if self.card.image_size <= SMALL and not self.card.quantised else (1,)
         self.batch = self.batches[-1]
         self._graphs: dict[tuple[str, int, int], Any] = {}
+        self._one = Lock()  # a request computes for one thread at a time
         with ThreadPoolExecutor(len(PARTS) + 1) as pool:
             sound = pool.submit(check_weights, folder, self.card)
             graphs = [pool.submit(self._graph, part, self.batches[0], self.card.image_size) for part in PARTS]
@@ -123,10 +125,10 @@ class OpenVINOEngine:
         self._tokenizer.no_truncation()
         self._tokenizer.enable_padding(length=self._tokens, pad_id=pad_id, pad_token=pad)
 
-    def prepare(self, count: int, size: int) -> None:
-        """Compile what so many pictures of this size will need."""
+    def prepare(self, count: int, size: int, networks: Sequence[Any] = ()) -> None:
+        """Compile what so many pictures of this size will need, under control by these networks."""
         for batch in {self._rows(left) for left in range(1, count + 1)}:
-            for part in PARTS:
+            for part in (*PARTS, *(["controlled", *networks] if networks else [])):
                 self._graph(part, batch, size)
 
     def _rows(self, left: int) -> int:
@@ -135,9 +137,11 @@ class OpenVINOEngine:
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def check(self, *, steps: int, guidance: float, size: int, negative: str) -> None:
+    def check(self, *, steps: int, guidance: float, size: int, negative: str, control: Sequence[Control] = ()) -> None:
         """Raise PromptError for what this model cannot do."""
         check_request(self.card, self._unit, steps=steps, guidance=guidance, size=size, negative=negative)
+        if control and size != self.card.image_size:
+            raise PromptError(f"size={size}: {self.name} draws under control at {self.card.image_size}; use torch")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for a prompt that it cannot read."""
@@ -196,8 +200,6 @@ class OpenVINOEngine:
         return str(folder.resolve())
 
     def _residuals(self, control: Control, x0: np.ndarray, states: np.ndarray, size: int) -> list[np.ndarray]:
-        if size != self.card.image_size:
-            raise PromptError(f"size={size}: {self.name} draws under control at {self.card.image_size}; use torch")
         pictures = np.repeat(control.pixels(size, size), len(x0), axis=0)
         return [np.float32(control.scale) * r for r in self._run(control.network, size, x0, states, pictures)]
 
@@ -218,8 +220,9 @@ class OpenVINOEngine:
             taken = [x[start : start + batch] for x in inputs]
             filled = [np.resize(x, (batch, *x.shape[1:])) for x in taken]
             request = self._graph(part, batch, size)
-            request.infer(filled)
-            parts.append([out.data[: len(taken[0])].copy() for out in request.output_tensors])
+            with self._one:
+                request.infer(filled)
+                parts.append([out.data[: len(taken[0])].copy() for out in request.output_tensors])
             start += batch
         return [np.concatenate(several) for several in zip(*parts, strict=True)]
 

@@ -57,7 +57,7 @@ class TorchEngine:
         weights = next(self.bundle.unet.parameters())
         return f"torch {str(weights.dtype).removeprefix('torch.')} on {weights.device}"
 
-    def check(self, *, steps: int, guidance: float, size: int, negative: str) -> None:
+    def check(self, *, steps: int, guidance: float, size: int, negative: str, control: Sequence[Control] = ()) -> None:
         """Raise PromptError for what this model cannot do."""
         self.bundle.check_request(steps=steps, guidance=guidance, size=size, negative=negative)
 
@@ -65,7 +65,7 @@ class TorchEngine:
         """Raise PromptError for a prompt that it cannot read."""
         self.bundle.check_prompt(prompt)
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, count: int, size: int, networks: Sequence[Any] = ()) -> None:
         """Nothing."""
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:

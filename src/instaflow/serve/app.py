@@ -1,6 +1,6 @@
 """The HTTP API: OpenAI's image endpoint over a loaded model.
 
-Not covered: editing and variations of pictures, control nets, streaming, accounts. No request carries a picture.
+Not covered: editing and variations of pictures, streaming, accounts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from instaflow import __version__
 from instaflow.errors import PromptError
 from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
+from instaflow.models.card import read_control_card
+from instaflow.models.request import Blend, Control, decode_image
 from instaflow.noise import Walk
 from instaflow.serve.batching import Batcher, Order, QueueFullError
 from instaflow.serve.body import BodyLimit
@@ -49,17 +51,29 @@ class Limits:
     pictures: int = 16
     """Pictures a request."""
     body_bytes: int = 1 << 20
+    control_pixels: int = 1024
+    """A side of a control picture."""
 
 
 LoRAScale = Annotated[float, Field(ge=-2, le=2, strict=True)]
 
 
+class ControlRequest(BaseModel):
+    """What one of the controls is shown."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    image: str = Field(description="A PNG, JPEG or WebP in base64, as the control was trained to see it")
+    scale: float = Field(1.0, ge=0, le=2, strict=True)
+
+
 class ImageRequest(BaseModel):
-    """What the OpenAI client sends, and beside it a seed or two, style, steps and guidance."""
+    """What the OpenAI client sends, and beside it what a one-step model can be asked for."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(max_length=4000)
+    prompt2: str | None = Field(None, max_length=4000, description="Where `mix` leads from `prompt`")
     model: str | None = Field(None, max_length=200)
     n: int = Field(1, ge=1, strict=True)
     size: str | None = Field(None, max_length=11, description="WIDTHxHEIGHT, square, or auto")
@@ -67,23 +81,36 @@ class ImageRequest(BaseModel):
     user: str | None = Field(None, max_length=200)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True)
     seed2: int | None = Field(None, ge=0, le=LARGEST_SEED, strict=True, description="Where `mix` leads from `seed`")
-    mix: float = Field(0, ge=0, le=1, strict=True, description="0 is the noise of seed, 1 that of seed2")
+    mix: float = Field(0, ge=0, le=1, strict=True, description="0 is seed and prompt, 1 is seed2 and prompt2")
     style: str | None = Field(None, max_length=100)
     steps: int | None = Field(None, ge=1, le=1000, strict=True)
     guidance: float | None = Field(None, ge=1)
     lora: dict[str, LoRAScale] = Field({}, max_length=100, description="LoRAs by name, each with its scale")
-    control: str | None = Field(None, max_length=100)
+    control: dict[str, ControlRequest] = Field({}, max_length=10, description="Controls by name")
 
 
-def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    flow: InstaFlow,
+    *,
+    controls: Mapping[str, Path] | None = None,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+) -> FastAPI:
     """The application over one loaded model.
 
     Args:
         flow: the model; requests choose among its LoRAs by the names of their files.
+        controls: the folders of ControlNets, by the names that requests call them.
         limits: of the service.
         api_key: what clients must send as a bearer token; None asks for none.
+
+    Raises:
+        BundleError: a ControlNet is not for this model or engine.
     """
     bounds = limits or Limits()
+    networks = {name: flow.engine.load_control(folder) for name, folder in (controls or {}).items()}
+    cards = {name: read_control_card(folder) for name, folder in (controls or {}).items()}
+    kinds = {name: name if found is None else found.kind for name, found in cards.items()}
     card = flow.engine.card
     registry = CollectorRegistry()
     answers = Counter(
@@ -98,14 +125,16 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         options: dict[str, Any] = {
             "style": first.style, "size": first.size, "steps": first.steps, "guidance": first.guidance
         }  # fmt: skip
+        if first.control:
+            options["control"], count = first.control, 1
         if first.lora:
             options["lora_scale"] = first.lora
         drawn = flow.generate_many(
             [o.prompt for o in orders], seeds=[o.seed for o in orders], together=count, **options
         )
         found = list(drawn)
-        batches.observe(count)
-        pictures.inc(count)
+        batches.observe(len(found))
+        pictures.inc(len(found))
         return found
 
     batcher = Batcher(draw, 1, bounds.queue)
@@ -115,6 +144,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
         """What draws several at a time; till then they are drawn one by one, and nobody waits for it."""
         await asyncio.to_thread(flow.engine.prepare, flow.engine.batch, card.image_size)
         batcher.batch = flow.engine.batch
+        await asyncio.to_thread(flow.engine.prepare, 1, card.image_size, [*networks.values()])
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -140,7 +170,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
     async def generations(body: ImageRequest, request: Request) -> dict[str, Any]:
         """Draw pictures."""
         begun = time.perf_counter()
-        orders = _orders(flow, body, bounds)
+        orders = _orders(flow, networks, body, bounds)
         try:
             waiting = batcher.submit(orders)
         except QueueFullError:
@@ -160,7 +190,7 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
             "guidance": card.guidance,
         }
         what |= {"max_guidance": card.max_guidance, "styles": card.styles, "engine": flow.engine.name}
-        what["loras"] = _lora_names(flow)
+        what |= {"loras": _lora_names(flow), "controls": kinds}
         entry = {"id": card.name, "object": "model", "created": 0, "owned_by": "instaflow", "instaflow": what}
         return {"object": "list", "data": [entry]}
 
@@ -206,15 +236,13 @@ def create_app(flow: InstaFlow, *, limits: Limits | None = None, api_key: str | 
     return app
 
 
-def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
+def _orders(flow: InstaFlow, networks: Mapping[str, Any], body: ImageRequest, limits: Limits) -> list[Order]:
     """One a picture, everything checked: what is queued can be drawn."""
     card = flow.engine.card
     if body.n > limits.pictures:
         raise PromptError(f"n={body.n} is not allowed; use 1 to {limits.pictures}")
     if body.model not in (None, card.name):
         raise HTTPException(404, f"there is no such model here; there is: {card.name}")
-    if body.control is not None:
-        raise PromptError("control: no control is configured here; leave it out")
     loras = _lora_names(flow)
     if body.lora.keys() - loras:
         raise PromptError(f"there is no such lora here; there is: {', '.join(loras) or 'none'}")
@@ -224,8 +252,8 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
             raise PromptError("size is not allowed; use WIDTHxHEIGHT with both the same, or auto")
         size = int(found[1])
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    if body.mix and body.seed2 is None:
-        raise PromptError(f"mix={body.mix:g} needs seed2, where it leads")
+    if body.mix and body.seed2 is None and body.prompt2 is None:
+        raise PromptError(f"mix={body.mix:g} needs seed2 or prompt2, where it leads")
     for name, number in (("seed", seed), ("seed2", body.seed2 or 0)):
         if number + body.n - 1 > LARGEST_SEED:
             raise PromptError(f"{name}={number} with n={body.n} is not allowed; the last may be {LARGEST_SEED}")
@@ -233,10 +261,26 @@ def _orders(flow: InstaFlow, body: ImageRequest, limits: Limits) -> list[Order]:
     guidance = card.guidance if body.guidance is None else body.guidance
     options: dict[str, Any] = {"style": body.style, "size": size, "steps": steps, "guidance": guidance}
     seeds = [seed + i if body.seed2 is None else Walk(seed + i, body.seed2 + i, body.mix) for i in range(body.n)]
+    prompt = body.prompt if body.prompt2 is None else Blend(body.prompt, body.prompt2, body.mix)
+    options["control"] = _controls(networks, body, limits)
+    flow.generate_many([prompt], seeds=seeds[:1], **options)  # it checks at once and draws when it is read
     lora = tuple(body.lora.get(name, 0.0) for name in loras)
-    orders = [Order(prompt=body.prompt, seed=s, lora=lora, **options) for s in seeds]
-    flow.generate_many([body.prompt], seeds=seeds[:1], **options)  # it checks at once and draws when it is read
-    return orders
+    return [Order(prompt=prompt, seed=s, lora=lora, **options) for s in seeds]
+
+
+def _controls(networks: Mapping[str, Any], body: ImageRequest, limits: Limits) -> tuple[Control, ...]:
+    if body.control.keys() - networks.keys():
+        raise PromptError(f"there is no such control here; there is: {', '.join(networks) or 'none'}")
+    found = []
+    for name, asked in body.control.items():
+        try:
+            image = decode_image(base64.b64decode(asked.image, validate=True), limits.control_pixels)
+        except PromptError as error:
+            raise PromptError(f"control.{name}.image: {error}") from None
+        except ValueError:
+            raise PromptError(f"control.{name}.image: this is no base64") from None
+        found.append(Control(network=networks[name], name=name, image=image, scale=asked.scale))
+    return tuple(found)
 
 
 def _lora_names(flow: InstaFlow) -> list[str]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from instaflow.generate import Drawing
+from instaflow.models.request import Blend, Control
 from instaflow.noise import Walk
 
 
@@ -20,7 +21,7 @@ class QueueFullError(Exception):
 class Order:
     """One picture; those that differ in prompt and seed alone can be drawn together."""
 
-    prompt: str
+    prompt: str | Blend
     seed: int | Walk
     style: str | None
     size: int
@@ -28,11 +29,12 @@ class Order:
     guidance: float
     lora: tuple[float, ...] = ()
     """A scale for each of the model's LoRAs."""
+    control: tuple[Control, ...] = ()
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What must be the same in a batch."""
-        return self.style, self.size, self.steps, self.guidance, self.lora
+        return self.style, self.size, self.steps, self.guidance, self.lora, self.control
 
 
 Draw = Callable[[Sequence[Order]], list[Drawing]]
