@@ -106,7 +106,7 @@ def test_the_recipes_of_the_findings(tiny: Bundle, tmp_path: Path) -> None:
         made = [s for s in run.recipe.stages if not isinstance(s, Pairs)]
         assert {read_card(run.output(s.name)).prediction for s in made} == {prediction}
     findings = runs[1].output
-    assert isinstance(Bundle.load(findings("direct-stacked")).unet, StackedUNet)
+    assert isinstance(Bundle.load(findings("reflow-distil-stacked")).unet, StackedUNet)
     own = read_manifest(findings("straight-pairs"))
     assert own.teacher == bundle_hash(findings("2-rectified")) and own.sampler == "euler"
     for stage in ("reflow-distil-l2", "3-rectified"):
