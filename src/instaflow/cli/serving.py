@@ -56,41 +56,22 @@ def serve(
         raise DataError(f"--port={port} is not allowed; use 1 to 65535")
     if queue < 1:
         raise DataError(f"--queue={queue} is not allowed; use 1 or more")
-    key = _read_key(api_key_file) if api_key_file else None
     if loras is not None and engine == "openvino":
         raise DataError("--loras needs --engine=torch: the engine openvino has its LoRAs fused")
     files = sorted(loras.glob("*.safetensors")) if loras else []
     if loras is not None and not files:
         raise DataError(f"--loras {loras} is not allowed; use a folder with .safetensors files")
-    nets = _find_controls(model, controls)
-    if controls is not None:
-        engine = engine or engine_for(model, [*nets.values()])
     hush()
     import uvicorn
 
     from instaflow.generate import InstaFlow
-    from instaflow.serve.app import Limits, create_app
+    from instaflow.serve.app import Limits, create_app, find_controls, read_key
 
+    key = read_key(api_key_file) if api_key_file else None
+    nets = find_controls(model, controls)
+    if controls is not None:
+        engine = engine or engine_for(model, [*nets.values()])
     flow = InstaFlow.load(model, lora=files, device=device, safety=safety, engine=engine, precision=precision)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
-
-
-def _find_controls(model: str | None, folder: Path | None) -> dict[str, Path]:
-    """Name → folder: of those asked for, or else of those that come with the default model."""
-    from instaflow.models.hub import CONTROLS
-
-    if folder is None and model is not None:
-        return {}
-    found = {p.name: p for p in sorted((folder or CONTROLS).glob("*")) if (p / "config.json").is_file()}
-    if folder is not None and not found:
-        raise DataError(f"--controls {folder} is not allowed; use a folder with ControlNets' folders")
-    return found
-
-
-def _read_key(file: Path) -> str:
-    key = file.read_bytes().strip()
-    if not key or not key.isascii():
-        raise DataError(f"--api-key-file {file} is not allowed; it holds one key, in ASCII")
-    return key.decode()

@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from instaflow import __version__
-from instaflow.errors import PromptError
+from instaflow.errors import DataError, PromptError
 from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
 from instaflow.models.card import read_control_card
+from instaflow.models.hub import CONTROLS
 from instaflow.models.request import Blend, Control, decode_image
 from instaflow.noise import Walk
 from instaflow.serve.batching import Batcher, Order, QueueFullError
@@ -56,6 +57,32 @@ class Limits:
 
 
 LoRAScale = Annotated[float, Field(ge=-2, le=2, strict=True)]
+
+
+def find_controls(model: str | None, folder: Path | None) -> dict[str, Path]:
+    """The ControlNets in a folder by their own folders' names; without one, those that come with the default model.
+
+    Raises:
+        DataError: there are none in the folder.
+    """
+    if folder is None and model is not None:
+        return {}
+    found = {p.name: p for p in sorted((folder or CONTROLS).glob("*")) if (p / "config.json").is_file()}
+    if folder is not None and not found:
+        raise DataError(f"--controls {folder} is not allowed; use a folder with ControlNets' folders")
+    return found
+
+
+def read_key(file: Path) -> str:
+    """The API key in a file.
+
+    Raises:
+        DataError: there is none.
+    """
+    key = file.read_bytes().strip() if file.is_file() else b""
+    if not key or not key.isascii():
+        raise DataError(f"--api-key-file {file} is not allowed; it holds one key, in ASCII")
+    return key.decode()
 
 
 class ControlRequest(BaseModel):
