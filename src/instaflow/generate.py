@@ -216,6 +216,8 @@ class InstaFlow:
         scales = lora_scale if isinstance(lora_scale, Sequence) else [lora_scale] * len(self.loras)
         if len(scales) != len(self.loras):
             raise PromptError(f"lora_scale={lora_scale} is not allowed; use one number, or {len(self.loras)}")
+        if not np.isfinite(scales).all():
+            raise PromptError(f"lora_scale={lora_scale} is not allowed; use finite numbers, usually 0 to 1")
         for between in (x for x in [*seeds, *prompts] if isinstance(x, Walk | Blend)):
             if not 0 <= between.mix <= 1:
                 raise PromptError(f"mix={between.mix:g} is not allowed; use 0 to 1")
@@ -277,7 +279,8 @@ class InstaFlow:
                 for values, what in ((latents[i], "its U-Net"), (decoded[i], "its autoencoder")):
                     if not np.isfinite(values).all():
                         raise PromptError(
-                            f"{engine.card.name!r} drew NaN for {prompt!r}: {what}'s weights or precision are broken"
+                            f"{engine.card.name!r} drew NaN for {prompt!r}: "
+                            f"{what}'s weights, a LoRA's or the precision are broken"
                         )
                 blocked = engine.objects(pixels[i])
                 yield Drawing(

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+LARGEST = 16_384  # pixels a side of a picture that is read
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are looked at here, before anything is decoded
+
+
+def read_picture(
+    source: Path | bytes, *, ground: str = "white", largest: int = LARGEST, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """A picture in RGB, upright, its transparent parts on `ground`.
+
+    Args:
+        source: a file, or what is in it.
+        ground: a colour.
+        largest: most pixels a side.
+        formats: Pillow's names of those allowed; None allows all.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: too large, or no picture that can be read.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            width, height = image.size
+            if max(width, height) <= largest:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode == "RGB":
+                    return upright.copy()
+                seen = upright.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", seen.size, ground), seen).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it is too large; allowed: up to {largest} pixels a side") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture") from error
+    except Exception as error:  # decoders raise whatever broken bytes lead them to
+        raise ValueError(f"it is damaged: {error}") from error
+    raise ValueError(f"it has {width}x{height} pixels; allowed: up to {largest} a side")
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:

@@ -9,11 +9,9 @@ import random
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,6 +22,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from test_images import forged
 
 from instaflow.generate import InstaFlow
 from instaflow.models.hub import CONTROLS
@@ -129,25 +128,16 @@ def test_a_control_is_chosen_by_name_and_shown_a_picture(client: httpx.Client, f
         assert picture.text["control"] == "edges at 0.8"
 
 
-def forged(width: int, height: int) -> bytes:
-    """A PNG whose header says this size and whose pixels are one."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rest = b"IDAT" + zlib.compress(b"\0\0\0\0")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, rest, b"IEND")
-    )
-
-
 @pytest.mark.parametrize(
     ("image", "said"),
     [
         (forged(50_000, 50_000), "too large"),
         (forged(8_000, 8_000), "8000x8000"),
         (forged(1025, 8), "1025x8"),
-        (forged(64, 64), "no PNG"),
-        (SKETCH.read_bytes()[:100], "no PNG"),
-        (b"GIF89a" + bytes(50), "no PNG"),
-        (b"", "no PNG"),
+        (forged(64, 64), "damaged"),
+        (SKETCH.read_bytes()[:100], "damaged"),
+        (b"GIF89a" + bytes(50), "no picture; allowed: PNG"),
+        (b"", "no picture"),
     ],
 )
 def test_a_broken_control_picture_is_refused_before_it_is_decoded(
@@ -165,7 +155,7 @@ def test_a_wrong_control_is_refused(client: httpx.Client) -> None:
         ({"../edges": whole}, "there is: edges"),
         ({"edges": {"image": "no base64!"}}, "no base64"),
         ({"edges": {"image": "ü"}}, "no base64"),
-        ({"edges": {"image": "/etc/passwd"}}, "no PNG|no base64"),
+        ({"edges": {"image": "/etc/passwd"}}, "no picture|no base64"),
         ({"edges": {**whole, "scale": 3}}, "less than or equal to 2"),
         ({"edges": {**whole, "size": 3}}, "not permitted"),
     ):
@@ -237,6 +227,17 @@ def test_bad_bodies_are_refused_in_one_clear_line(client: httpx.Client) -> None:
         assert said and "\n" not in said and "Traceback" not in said and "/src/" not in said
     assert client.post(DRAW, json={"prompt": "word " * 60}).json()["error"]["message"].startswith("the prompt has 62")
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+
+
+def test_a_body_that_is_too_large_or_does_not_come(serving: Serving, flow: InstaFlow) -> None:
+    with serving(flow, limits=Limits(body_bytes=1000, body_s=0.5)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as stalled:
+            stalled.sendall(f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{}}".encode())
+            assert b" 408 " in stalled.recv(1000).splitlines()[0]
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            assert client.post(DRAW, content=b" " * 2000).status_code == 413
+            assert 'instaflow_requests_total{status="413"} 1.0' in client.get("/metrics").text
 
 
 def test_a_full_queue_is_429_and_nothing_else(serving: Serving, flow: InstaFlow) -> None:

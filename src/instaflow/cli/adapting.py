@@ -58,6 +58,8 @@ def personalise(
         )
     if out.suffix != ".safetensors":
         raise DataError(f"--out {out}: a LoRA is written as .safetensors")
+    if out.exists():
+        raise DataError(f"--out {out} is there already; name another")
     if steps < 1 or rank < 1:
         raise DataError(f"--steps={steps} --rank={rank} is not allowed; use 1 or more of each")
     hush()
@@ -78,6 +80,8 @@ def personalise(
     )
     stages: tuple[Personalise, ...] = (own,)
     if teacher is not None:
+        if read_card(locate(teacher)).kind == "one-step":
+            raise DataError(f"--teacher {teacher} is a one-step model; use one of many steps")
         first = replace(
             own, name="teacher", model=str(locate(teacher).resolve()), train=replace(train, steps=3 * steps)
         )

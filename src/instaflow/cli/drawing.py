@@ -95,6 +95,10 @@ def generate(
     control_scale
         How much the controls count; 0 is the model without them.
     """
+    if control_scale != 1.0 and not control:
+        raise PromptError(
+            f"--control-scale={control_scale:g} is for a control, and there is none: --control NAME=PICTURE"
+        )
     texts = [*prompts, *(_read_prompts(file) if file else [])]
     if not texts:
         raise PromptError("no prompt: say what to draw, for example instaflow generate 'a red apple'")
@@ -108,7 +112,7 @@ def generate(
 
     shown = _read_controls(control or [])
     if shown:
-        able = engine_for(model, [folder for folder, _ in shown])
+        able = engine_for(model, [folder for folder, _ in shown], size)
         engine = engine or able
     flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
     drawings = flow.generate_many(
@@ -169,8 +173,8 @@ def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
     return found
 
 
-def engine_for(model: str | None, controls: list[Path]) -> str | None:
-    """torch where the model or a control has no graphs of a drawing under control.
+def engine_for(model: str | None, controls: list[Path], size: int | None = None) -> str | None:
+    """torch where the model or a control has no graphs of a drawing under control at this size.
 
     Raises:
         BundleError: a control was trained for another model.
@@ -182,6 +186,8 @@ def engine_for(model: str | None, controls: list[Path]) -> str | None:
     source = locate(DEFAULT if model is None else model)
     if source.is_dir():
         card = read_card(source)
+        if size not in (None, card.image_size):
+            return "torch"
         for folder in controls:
             check_control(folder, card.name, card.weights)
     return None if has_control_graphs(source, *controls) else "torch"

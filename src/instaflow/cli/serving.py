@@ -62,6 +62,8 @@ def serve(
     if loras is not None and not files:
         raise DataError(f"--loras {loras} is not allowed; use a folder with .safetensors files")
     hush()
+    import socket
+
     import uvicorn
 
     from instaflow.generate import InstaFlow
@@ -71,7 +73,13 @@ def serve(
     nets = find_controls(model, controls)
     if controls is not None:
         engine = engine or engine_for(model, [*nets.values()])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise DataError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     flow = InstaFlow.load(model, lora=files, device=device, safety=safety, engine=engine, precision=precision)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
-    uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60)
+    config = uvicorn.Config(served, log_level="warning", timeout_graceful_shutdown=60)
+    uvicorn.Server(config).run(sockets=[listening])

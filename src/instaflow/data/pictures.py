@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from instaflow.errors import DataError
+from instaflow.images import read_picture
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -40,19 +41,15 @@ class Picture:
         return cls(image=buffer.getvalue(), **fields)  # type: ignore[arg-type]
 
     def pixels(self, size: int) -> np.ndarray:
-        """uint8 array (size, size, 3): transparent parts on white, centre-cropped, resized (Lanczos).
+        """uint8 array (size, size, 3): upright, transparent parts on white, centre-cropped, resized (Lanczos).
 
         Raises:
             DataError: the bytes are not a picture.
         """
         try:
-            image: Image.Image = Image.open(io.BytesIO(self.image))
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all four
+            image = read_picture(self.image)
+        except ValueError as error:
             raise DataError(f"unreadable picture {self.name!r} ({self.source}): {error}") from error
-        if image.mode != "RGB":
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))

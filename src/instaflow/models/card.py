@@ -122,7 +122,10 @@ def check_control(folder: Path, model: str, weights: str) -> None:
     """Raise BundleError when a ControlNet's card names another base than the model of these weights; '' fits all."""
     card = read_control_card(folder)
     if card is not None and weights and card.base_hash and weights != card.base_hash:
-        raise BundleError(f"the ControlNet {folder} was trained for {card.base!r}, not for {model!r}")
+        raise BundleError(
+            f"the ControlNet {folder} was trained for {card.base!r} of hash {card.base_hash[:8]}, "
+            f"not for {model!r} of hash {weights[:8]}"
+        )
 
 
 # -- folders that are not ours ---------------------------------------------------------------------

@@ -81,6 +81,9 @@ def _check(part: dict[str, Tensor], network: nn.Module) -> None:
     """Raise ValueError, naming the first key that is not for this network, by its name or its shape."""
     known: dict[str, Any] = dict(network.named_modules())
     for key, value in part.items():
+        for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if f".{one}." in key and key.replace(one, other) not in part:
+                raise ValueError(f"it is damaged: {key} is there and its {other} is not")
         module, _, rest = key.partition(".")[2].partition(".lora")
         module = module.removesuffix(".processor")
         if module not in known:

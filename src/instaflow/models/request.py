@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from instaflow.errors import PromptError
+from instaflow.images import read_picture
 from instaflow.models.card import Card
 
 Tokens = Callable[[str], Sequence[tuple[int, int, bool]]]
@@ -133,37 +133,14 @@ class Control:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A control picture from a file.
+    """A control picture from a file, what is transparent black.
 
     Raises:
         PromptError: there is none, or it is no picture.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return read_picture(Path(path), ground="black")
     except FileNotFoundError as error:
         raise PromptError(f"no such control picture: {path}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except ValueError as error:
         raise PromptError(f"unreadable control picture {path}: {error}") from error
-
-
-def decode_image(data: bytes, largest: int) -> Image.Image:
-    """A control picture from a stranger's bytes: PNG, JPEG or WebP, its size read before anything is decoded.
-
-    Args:
-        data: the file.
-        largest: most pixels a side.
-
-    Raises:
-        PromptError: it is too large, or no such picture.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if max(image.size) <= largest:
-                return image.convert("RGB")
-            width, height = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PromptError(f"the picture is too large; allowed: up to {largest} pixels a side") from error
-    except Exception as error:  # decoders raise whatever broken bytes lead them to
-        raise PromptError("this is no PNG, JPEG or WebP picture that can be read") from error
-    raise PromptError(f"the picture has {width}x{height} pixels; allowed: up to {largest} a side")

@@ -29,15 +29,17 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from instaflow import __version__
 from instaflow.errors import DataError, PromptError
 from instaflow.generate import LARGEST_SEED, Drawing, InstaFlow
+from instaflow.images import read_picture
 from instaflow.models.card import read_control_card
 from instaflow.models.hub import CONTROLS
-from instaflow.models.request import Blend, Control, decode_image
+from instaflow.models.request import Blend, Control
 from instaflow.noise import Walk
 from instaflow.serve.batching import Batcher, Order, QueueFullError
 from instaflow.serve.body import BodyLimit
 
 log = logging.getLogger("instaflow")
 PAGE = Path(__file__).parent / "page"
+FORMATS = ("PNG", "JPEG", "WEBP")
 SIZE = re.compile(r"(\d{1,5})x\1")
 
 
@@ -49,9 +51,9 @@ class Limits:
     """Pictures that wait."""
     wait_s: float = 30.0
     """Longest wait for a picture."""
-    pictures: int = 16
-    """Pictures a request."""
     body_bytes: int = 1 << 20
+    body_s: float = 10.0
+    """Longest wait for a body."""
     control_pixels: int = 1024
     """A side of a control picture."""
 
@@ -102,7 +104,7 @@ class ImageRequest(BaseModel):
     prompt: str = Field(max_length=4000)
     prompt2: str | None = Field(None, max_length=4000, description="Where `mix` leads from `prompt`")
     model: str | None = Field(None, max_length=200)
-    n: int = Field(1, ge=1, strict=True)
+    n: int = Field(1, ge=1, le=16, strict=True)
     size: str | None = Field(None, max_length=11, description="WIDTHxHEIGHT, square, or auto")
     response_format: Literal["b64_json", "url"] = "b64_json"
     user: str | None = Field(None, max_length=200)
@@ -184,10 +186,10 @@ def create_app(
             await asyncio.gather(*works, return_exceptions=True)
 
     app = FastAPI(title="InstaFlow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, limit=bounds.body_bytes)
 
     def allowed(request: Request) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        sent = sent.strip() if scheme.lower() == "bearer" else ""
         if api_key is not None and not hmac.compare_digest(sent.encode(), api_key.encode()):
             raise HTTPException(401, "a valid API key is needed", {"WWW-Authenticate": "Bearer"})
 
@@ -245,6 +247,11 @@ def create_app(
             {"error": {"message": message, "type": kind, "param": param, "code": None}}, status, headers
         )
 
+    def unread(status: int, message: str) -> JSONResponse:
+        return refuse(status, message, {"Connection": "close"})
+
+    app.add_middleware(BodyLimit, limit=bounds.body_bytes, wait_s=bounds.body_s, refuse=unread)
+
     @app.exception_handler(AnyHTTPException)
     async def on_http(_: Request, error: AnyHTTPException) -> JSONResponse:
         return refuse(error.status_code, error.detail, error.headers)
@@ -252,8 +259,13 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refuse(400, "the body is no JSON")
         place = ".".join(str(p) for p in first["loc"][1:]) or "body"
-        return refuse(400, f"{place[:100]!a}: {first['msg']}", param=place[:100].encode("ascii", "replace").decode())
+        said = first["msg"]
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 2:
+            said = f"there is no such field; allowed: {', '.join(ImageRequest.model_fields)}"
+        return refuse(400, f"{place[:100]!a}: {said}", param=place[:100].encode("ascii", "replace").decode())
 
     @app.exception_handler(PromptError)
     async def on_prompt(_: Request, error: PromptError) -> JSONResponse:
@@ -266,8 +278,6 @@ def create_app(
 def _orders(flow: InstaFlow, networks: Mapping[str, Any], body: ImageRequest, limits: Limits) -> list[Order]:
     """One a picture, everything checked: what is queued can be drawn."""
     card = flow.engine.card
-    if body.n > limits.pictures:
-        raise PromptError(f"n={body.n} is not allowed; use 1 to {limits.pictures}")
     if body.model not in (None, card.name):
         raise HTTPException(404, f"there is no such model here; there is: {card.name}")
     loras = _lora_names(flow)
@@ -276,7 +286,7 @@ def _orders(flow: InstaFlow, networks: Mapping[str, Any], body: ImageRequest, li
     size = card.image_size
     if body.size not in (None, "auto"):
         if not (found := SIZE.fullmatch(body.size or "")):
-            raise PromptError("size is not allowed; use WIDTHxHEIGHT with both the same, or auto")
+            raise PromptError(f"size={body.size!a} is not allowed; use WIDTHxHEIGHT with both the same, or auto")
         size = int(found[1])
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     if body.mix and body.seed2 is None and body.prompt2 is None:
@@ -301,11 +311,13 @@ def _controls(networks: Mapping[str, Any], body: ImageRequest, limits: Limits) -
     found = []
     for name, asked in body.control.items():
         try:
-            image = decode_image(base64.b64decode(asked.image, validate=True), limits.control_pixels)
-        except PromptError as error:
-            raise PromptError(f"control.{name}.image: {error}") from None
+            data = base64.b64decode(asked.image, validate=True)
         except ValueError:
             raise PromptError(f"control.{name}.image: this is no base64") from None
+        try:
+            image = read_picture(data, ground="black", largest=limits.control_pixels, formats=FORMATS)
+        except ValueError as error:
+            raise PromptError(f"control.{name}.image: {error}; allowed: {', '.join(FORMATS)}") from None
         found.append(Control(network=networks[name], name=name, image=image, scale=asked.scale))
     return tuple(found)
 

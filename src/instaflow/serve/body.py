@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from fastapi.responses import JSONResponse
+import asyncio
+from collections.abc import Callable
+
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `limit` bytes, whatever its headers say."""
+    """Answers 413 to a body of more than `limit` bytes, whatever its headers say, and 408 to one that does not come."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        """Around `app`."""
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, wait_s: float, refuse: Callable[[int, str], Response]) -> None:
+        """Around `app`; `refuse` makes an answer of a status and what is said."""
+        self.app, self.limit, self.wait_s, self.refuse = app, limit, wait_s, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, count, and pass on."""
@@ -19,17 +22,20 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.limit:
-                said = f"the body has more than {self.limit} bytes"
-                error = {"message": said, "type": "invalid_request_error", "param": None, "code": "too_large"}
-                await JSONResponse({"error": error}, 413, {"Connection": "close"})(scope, receive, send)
-                return
+        try:
+            async with asyncio.timeout(self.wait_s):
+                while more and len(body) <= self.limit:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            await self.refuse(408, f"the body did not come within {self.wait_s:g} s")(scope, receive, send)
+            return
+        if len(body) > self.limit:
+            await self.refuse(413, f"the body has more than {self.limit} bytes")(scope, receive, send)
+            return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

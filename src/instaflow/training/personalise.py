@@ -131,6 +131,8 @@ def personal_pairs(
         model: hash of the bundle, for the prior's manifest.
         teacher: (bundle, hash) of a personalised teacher that draws in place of the pictures.
     """
+    for words in dict.fromkeys(p.name for p in pictures):
+        bundle.check_prompt(words)
     readers = []
     if teacher:
         of_pictures = [pictures[i % len(pictures)].name for i in range(spec.count)]
