@@ -119,15 +119,19 @@ def curves(
     figure = _page(6.5, 4.2)
     axes = figure.add_subplot()
     styles = itertools.product(("o", "s", "^", "D"), ("-", "--"))  # told apart in print too
+    levels: list[tuple[float, str]] = []
     for (name, points), (marker, line) in zip(series.items(), itertools.cycle(styles), strict=False):
         xs, ys, low, high = np.array(points, float).T
         if len(xs) == 1:
             axes.axhline(ys[0], linestyle=":", color="0.3")
-            axes.annotate(name, (1, ys[0]), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", fontsize=8, parse_math=False)  # fmt: skip
+            levels.append((ys[0], name))
             continue
         [drawn] = axes.plot(xs, ys, marker=marker, linestyle=line, markersize=4, label=name.replace("$", r"\$"))
         axes.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    low, high = axes.get_ylim()
+    for level, names in _together(levels, (high - low) / 30):
+        axes.annotate(names, (1, level), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=8, parse_math=False)  # fmt: skip
     if logarithmic:
         axes.set_xscale("log", base=2)
         ticks = sorted({p[0] for points in series.values() for p in points})
@@ -140,6 +144,17 @@ def curves(
     axes.legend(frameon=False, fontsize=8)
     figure.set_layout_engine("tight")
     return _save(figure, path)
+
+
+def _together(levels: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """Labels by their level, from the top; those less than `gap` under the one above share its line."""
+    found: list[tuple[float, str]] = []
+    for level, name in sorted(levels, reverse=True):
+        if found and found[-1][0] - level < gap:
+            found[-1] = (found[-1][0], f"{found[-1][1]}, {name}")
+        else:
+            found.append((level, name))
+    return found
 
 
 def _page(width: float, height: float) -> Figure:
