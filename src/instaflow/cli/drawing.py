@@ -109,6 +109,7 @@ def generate(
     paths = _paths(wanted, out, grid)
 
     from instaflow.models.request import Control, read_image
+    from instaflow.runtime.loading import engine_for
 
     shown = _read_controls(control or [])
     if shown:
@@ -171,26 +172,6 @@ def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
             raise PromptError(f"--control {entry} is not allowed; use NAME=PICTURE or FOLDER=PICTURE")
         found.append((find_control(name), picture))
     return found
-
-
-def engine_for(model: str | None, controls: list[Path], size: int | None = None) -> str | None:
-    """torch where the model or a control has no graphs of a drawing under control at this size.
-
-    Raises:
-        BundleError: a control was trained for another model.
-    """
-    from instaflow.models.card import DEFAULT, check_control, read_card
-    from instaflow.models.hub import locate
-    from instaflow.runtime.openvino import has_control_graphs
-
-    source = locate(DEFAULT if model is None else model)
-    if source.is_dir():
-        card = read_card(source)
-        if size not in (None, card.image_size):
-            return "torch"
-        for folder in controls:
-            check_control(folder, card.name, card.weights)
-    return None if has_control_graphs(source, *controls) else "torch"
 
 
 def _say(path: Path, drawing: Drawing) -> None:

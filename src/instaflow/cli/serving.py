@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush
-from instaflow.cli.drawing import engine_for
 from instaflow.errors import DataError
 
 
@@ -67,6 +66,7 @@ def serve(
     import uvicorn
 
     from instaflow.generate import InstaFlow
+    from instaflow.runtime.loading import engine_for
     from instaflow.serve.app import Limits, create_app, find_controls, read_key
 
     key = read_key(api_key_file) if api_key_file else None

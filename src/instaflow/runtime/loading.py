@@ -16,11 +16,11 @@ from typing import Literal
 import msgspec
 
 from instaflow.errors import BundleError
-from instaflow.models.card import DEFAULT, bundle_hash, read_card, write_card
+from instaflow.models.card import DEFAULT, bundle_hash, check_control, read_card, write_card
 from instaflow.models.hub import find_decoder, find_lora, locate
 from instaflow.models.request import LoRA
 from instaflow.runtime.engine import Engine
-from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_graphs
+from instaflow.runtime.openvino import SMALL, OpenVINOEngine, has_control_graphs, has_graphs
 
 log = logging.getLogger("instaflow")
 ENGINES = ("openvino", "torch")
@@ -62,6 +62,22 @@ def load_engine(
             log.warning("%s; drawing with torch instead", error)
             precision = None
     return _torch(source, loras=loras, device=device, safety=safety, precision=precision, decoder=decoder)
+
+
+def engine_for(model: str | None, controls: Sequence[Path], size: int | None = None) -> str | None:
+    """torch where the model or a control has no graphs of a drawing under control at this size.
+
+    Raises:
+        BundleError: a control was trained for another model.
+    """
+    source = locate(DEFAULT if model is None else model)
+    if source.is_dir():
+        card = read_card(source)
+        for folder in controls:
+            check_control(folder, card.name, card.weights)
+        if size not in (None, card.image_size):
+            return "torch"
+    return None if has_control_graphs(source, *controls) else "torch"
 
 
 def has_torch() -> bool:

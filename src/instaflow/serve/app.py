@@ -195,7 +195,9 @@ def create_app(
 
     guarded = [Depends(allowed)]
 
-    @app.post("/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 404, 413, 429, 500)})
+    @app.post(
+        "/v1/images/generations", dependencies=guarded, responses={s: {} for s in (400, 401, 404, 408, 413, 429, 500)}
+    )
     async def generations(body: ImageRequest, request: Request) -> dict[str, Any]:
         """Draw pictures."""
         begun = time.perf_counter()

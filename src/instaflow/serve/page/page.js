@@ -174,7 +174,7 @@ function wipe(size) {
 }
 
 function stroke(event) {
-  if (!event.buttons) return;
+  if (!event.buttons || (event.type !== "pointerdown" && !pad.hasPointerCapture(event.pointerId))) return; // begun elsewhere
   const dots = pad.width / pad.clientWidth, x = event.offsetX * dots, y = event.offsetY * dots;
   if (event.type === "pointerdown") {
     pad.setPointerCapture(event.pointerId);
