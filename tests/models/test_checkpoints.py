@@ -462,7 +462,7 @@ def test_the_bundles_own_checker_runs_unless_it_is_turned_off(guarded: Path, thr
 def test_nan_is_reported_as_nan_and_not_as_unsafe(guarded: Path) -> None:
     flow = InstaFlow.load(guarded)
     flow.engine.bundle.vae.decoder.conv_in.bias.data.fill_(float("nan"))
-    with pytest.raises(PromptError, match="drew NaN for 'a cat': its autoencoder's weights or precision"):
+    with pytest.raises(PromptError, match="drew NaN for 'a cat': its autoencoder's weights, a LoRA's or the precision"):
         flow.generate("a cat", size=64)
 
 
