@@ -118,7 +118,7 @@ def test_a_dropped_block_is_gone_from_the_file_and_the_rest_loads(one_step: Bund
     dropped = ["mid_block.resnets.1", "mid_block.attentions.0.transformer_blocks.0.ff"]
     width = torch.arange(16)
     pruned = prune(one_step, plan_of(dropped, {"down_blocks.0.resnets.0": width}))
-    folder = pruned.save(tmp_path / "bundle", half=False)
+    folder = pruned.save(tmp_path / "bundle", dtype=torch.float32)
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert not any(n.startswith(("mid_block.resnets.1.", dropped[1])) for n in stored)
     assert stored["down_blocks.0.resnets.0.conv1.weight"].shape[0] == 16
@@ -161,7 +161,7 @@ def test_a_lora_goes_on_what_is_left_and_can_be_merged(one_step: Bundle, tmp_pat
 
     pruned = prune(one_step, plan_of(["mid_block.resnets.1"], {}))
     torch.manual_seed(0)
-    made = Bundle.load(pruned.save(tmp_path / "bundle", half=False))
+    made = Bundle.load(pruned.save(tmp_path / "bundle", dtype=torch.float32))
     made.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(made.unet))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=state)

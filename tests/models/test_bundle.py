@@ -76,7 +76,7 @@ def test_saving_at_half_leaves_the_bundle_itself_in_single_precision(tiny: Bundl
 
 
 def test_saving_in_full_loses_nothing_and_draws_the_same(tiny: Bundle, tmp_path: Path) -> None:
-    back = Bundle.load(tiny.save(tmp_path / "full", half=False))
+    back = Bundle.load(tiny.save(tmp_path / "full", dtype=torch.float32))
     drawn = [sample(b, ["a red apple"], seeds=[3], steps=2, guidance=2.0) for b in (tiny, back)]
     torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)
 

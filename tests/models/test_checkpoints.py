@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -31,8 +32,13 @@ from instaflow.models.card import read_card, recognise
 from instaflow.models.hub import locate
 from instaflow.models.ldm import clip_tokenizer
 from instaflow.models.sampling import noise, sample
+from instaflow.noise import noise as seeded
+from instaflow.runtime.engine import Engine
+from instaflow.runtime.loading import exported, load_engine
+from instaflow.runtime.openvino import PARTS, OpenVINOEngine, load_openvino
 
 VOCABULARY = 1000
+KINDS = ("Convolution", "MatMul")
 
 
 def tiny_pipeline() -> StableDiffusionPipeline:
@@ -173,7 +179,7 @@ def test_another_pipeline_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_what_we_write_stock_diffusers_draws_alike(folder: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(folder)
-    written = bundle.save(tmp_path / "ours", half=False)
+    written = bundle.save(tmp_path / "ours", dtype=torch.float32)
     pipe = StableDiffusionPipeline.from_pretrained(written)
     pipe.set_progress_bar_config(disable=True)
     assert next(iter(load_file(written / "text_encoder" / "model.safetensors"))).startswith("text_model.")
@@ -205,7 +211,7 @@ def test_what_a_scheduler_leaves_unsaid_stays_the_same_through_a_save(folder: Pa
     said = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in said.items() if k not in ("timestep_spacing", "clip_sample")}))
     first = Bundle.load(old)
-    again = Bundle.load(first.save(tmp_path / "new", half=False))
+    again = Bundle.load(first.save(tmp_path / "new", dtype=torch.float32))
     for bundle in (first, again):  # a DPM-Solver made of such a config spaces its steps so, and never clips
         assert bundle.scheduler.config["timestep_spacing"] == "linspace" and not bundle.scheduler.config["clip_sample"]
     assert Bundle.load(folder).scheduler.config["timestep_spacing"] == said["timestep_spacing"]
@@ -275,6 +281,54 @@ def test_what_a_kind_cannot_do_says_what_it_can(one_step_folder: Path, rectified
             flow.generate("a cat", size=64, **asked)
     drawing = two.generate("a cat", size=64, steps=2, negative="grey")
     assert drawing.guidance == 1.5 and drawing.negative == "grey"
+
+
+# -- prepared for the CPU engine ----------------------------------------------------------------------
+
+
+def bf16_is_computed_with() -> bool:
+    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+def test_what_is_prepared_draws_as_torch_does_and_runs_elsewhere(one_step_folder: Path, weights: str) -> None:
+    kept, eager = exported(one_step_folder, precision=weights), load_engine(one_step_folder, engine="torch")
+    engine = OpenVINOEngine(kept, precision="f32")
+    session = onnxruntime.InferenceSession(kept / "text_encoder" / "model.onnx")
+    for prompts in (["a red apple"], ["a red apple", "a cat", "the sun"]):
+        said = dict(zip(("input_ids", "attention_mask"), engine.tokens(prompts), strict=True))
+        [states] = session.run(None, {i.name: said[i.name] for i in session.get_inputs()})
+        assert np.abs(states - eager.encode(prompts).numpy()).max() <= (5e-3 if weights == "f32" else 0.1)
+    fast = OpenVINOEngine(kept)
+    for other, least in ((engine, 60 if weights == "f32" else 40), (fast, 40)):
+        ours, theirs = (draw_pixels(e) for e in (other, eager))
+        assert 10 * np.log10(4 / np.square(ours - theirs).mean()) >= least
+
+
+def draw_pixels(engine: Engine) -> np.ndarray:
+    x0 = seeded([1], engine.latent_shape(128))
+    latents = engine.sample(x0, engine.encode(["a cat"]), steps=1, guidance=1.0, negative="")
+    return np.asarray(engine.decode(latents))
+
+
+def test_bf16_weights_are_not_widened_and_leave_memory_once_they_are_packed(one_step_folder: Path) -> None:
+    if not bf16_is_computed_with():
+        pytest.skip("this processor does not compute with bf16")
+    engine = OpenVINOEngine(exported(one_step_folder, precision="bf16"))
+    for part in PARTS:
+        products = [o for o in engine.read(part, 1, 512).get_ordered_ops() if o.get_type_name() in KINDS]
+        kept = [o for o in products if o.get_input_element_type(1).get_type_name() == "bf16"]
+        # what has no weights: attention's two products; and the time's embedding, which is a constant of two layers
+        weights = [o for o in products if o.input_value(1).get_node().get_type_name() in ("Constant", "Convert")]
+        assert kept and len(weights) - len(kept) <= 2
+    before = draw_pixels(engine)
+    mapped = re.findall(
+        rf"{engine.folder}/\w+/\S*safetensors\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+)",
+        Path("/proc/self/smaps").read_text(),
+    )
+    size, resident = (sum(map(int, column)) for column in zip(*mapped, strict=True))
+    assert resident < size / 10  # but for a table of words, say, that is read in place
+    assert np.array_equal(draw_pixels(engine), before)
 
 
 # -- single files ---------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Parity with the two published pipelines on the full Stable Diffusion 1.5 architecture, random weights.
+"""Parity with the published pipelines on the full Stable Diffusion 1.5 architecture, random weights.
 
-`parity.json` has what they drew: the authors' `pipeline_rf.py` and diffusers' community `instaflow_one_step.py`,
-as they are in gnobitab/InstaFlow (f543f81) and huggingface/diffusers, neither of them part of this project. Made by
+`parity.json` has what they drew: the authors' `pipeline_rf.py`, and `pipeline_rf_ctrl.py` under ControlNets, and
+diffusers' community `instaflow_one_step.py`, as they are in gnobitab/InstaFlow (f543f81) and huggingface/diffusers,
+none of them part of this project. Made by
 
-    python tests/models/test_parity.py FOLDER_WITH_BOTH_FILES
+    python tests/models/test_parity.py FOLDER_WITH_THESE_FILES
 
-which builds the weights below (torch's own initialisation, seed 0, rounded to half), calls each pipeline with the
-noise of seed 7 and `output_type="latent"`, and writes every 61st value of the latents.
+which builds the weights below (torch's own initialisation, seed 0, rounded to half), calls each pipeline that is in the
+folder with the noise of seed 7 and `output_type="latent"`, and writes every 61st value of the latents. (Of the second
+one import was changed: diffusers has moved its MultiControlNetModel.)
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from instaflow.models.bundle import Bundle
+from instaflow.models.control import controlled
 from instaflow.models.ldm import clip_tokenizer
+from instaflow.models.request import Control
 from instaflow.models.sampling import noise, sample
 
 RECORD = Path(__file__).with_name("parity.json")
@@ -36,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "few steps": {"steps": 3, "guidance": 1.0, "size": 256},
     "guided": {"steps": 2, "guidance": 1.5, "size": 256},
     "negative prompt": {"steps": 2, "guidance": 1.5, "size": 256, "negative": "blurry, low quality"},
+}
+CONTROLLED: dict[str, dict[str, Any]] = {  # one network for each of the scales
+    "under a control": {"steps": 1, "guidance": 1.0, "size": 512, "scales": [0.8]},
+    "guided, under two": {"steps": 2, "guidance": 1.5, "size": 256, "scales": [0.8, 0.5]},
 }
 
 
@@ -62,6 +71,23 @@ def full_size() -> dict[str, Any]:
     for part in parts.values():
         part.half().float().eval().requires_grad_(False)  # what a half-precision file holds exactly
     return parts
+
+
+def control_net(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
+    """361 M parameters: the U-Net's encoder, its closing convolutions no longer zero."""
+    torch.manual_seed(seed)
+    network = ControlNetModel.from_unet(unet)
+    for layer in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.02)
+    torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.1)
+    return network.half().float().eval().requires_grad_(False)
+
+
+def picture(size: int) -> Image.Image:
+    """White lines on black."""
+    image = Image.new("RGB", (size, size))
+    ImageDraw.Draw(image).ellipse((size // 4, size // 8, 3 * size // 4, 7 * size // 8), outline="white", width=3)
+    return image
 
 
 def stock(parts: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +137,18 @@ def test_latents_are_those_of_the_published_pipelines(bundle: Bundle, case: str)
         assert difference <= 1e-4, pipeline
 
 
+@pytest.mark.parametrize("case", CONTROLLED)
+def test_latents_under_control_are_those_of_the_authors_pipeline(bundle: Bundle, case: str) -> None:
+    settings = {**CONTROLLED[case]}
+    image, scales = picture(settings["size"]), settings.pop("scales")
+    given = [Control(network=control_net(bundle.unet, i), image=image, scale=s) for i, s in enumerate(scales)]
+    latents = sample(controlled(bundle, given), [PROMPT], seeds=[SEED], **settings)
+    without = sample(bundle, [PROMPT], seeds=[SEED], **settings)
+    [values] = json.loads(RECORD.read_text())[case].values()
+    assert (latents.flatten()[::EVERY] - torch.tensor(values)).abs().max() <= 1e-4
+    assert (latents - without).abs().max() > 1e-2  # they count
+
+
 def test_what_we_write_at_full_size_stock_diffusers_reads(bundle: Bundle, tmp_path: Path) -> None:
     ours = bundle.save(tmp_path / "ours")
     theirs = StableDiffusionPipeline.from_pretrained(ours, torch_dtype=torch.float32)
@@ -123,15 +161,28 @@ def test_what_we_write_at_full_size_stock_diffusers_reads(bundle: Bundle, tmp_pa
 
 
 def record(source: Path) -> None:
-    """Run both published pipelines and write what they drew."""
-    parts, record = stock(full_size()), {}
-    for name, family in (("pipeline_rf", "RectifiedFlowPipeline"), ("instaflow_one_step", "InstaFlowPipeline")):
+    """Run the published pipelines and write what they drew."""
+    parts, record = stock(full_size()), json.loads(RECORD.read_text())
+    for name, family, cases in (
+        ("pipeline_rf", "RectifiedFlowPipeline", CASES),
+        ("instaflow_one_step", "InstaFlowPipeline", CASES),
+        ("pipeline_rf_ctrl", "RectifiedFlowCtrlPipeline", CONTROLLED),
+    ):
+        if not (source / f"{name}.py").exists():
+            continue
         spec = importlib.util.spec_from_file_location(name, source / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        pipe = getattr(module, family)(**parts)
-        for case, settings in CASES.items():
-            side = settings["size"] // 8
+        for case, settings in cases.items():
+            own: dict[str, Any] = {}
+            given: dict[str, Any] = {}
+            if scales := settings.get("scales"):
+                own = {"controlnet": [control_net(parts["unet"], i) for i in range(len(scales))]}
+                given = {
+                    "image": [picture(settings["size"])] * len(scales),
+                    "controlnet_conditioning_scale": scales,
+                }
+            pipe, side = getattr(module, family)(**parts, **own), settings["size"] // 8
             latents: Tensor = pipe(
                 PROMPT,
                 num_inference_steps=settings["steps"],
@@ -141,6 +192,7 @@ def record(source: Path) -> None:
                 width=settings["size"],
                 latents=noise([SEED], (4, side, side)),
                 output_type="latent",
+                **given,
             ).images
             record.setdefault(case, {})[name] = latents.flatten()[::EVERY].tolist()
             print(name, case, latents.std())

@@ -68,7 +68,7 @@ def test_stable_diffusion_stacked_has_1_7_billion_parameters() -> None:
 def test_a_stack_is_saved_and_loaded_whole(own: Callable[..., Bundle], tmp_path: Path, joint: str) -> None:
     bundle = own(kind="one-step", prediction="velocity", steps=1)
     bundle = replace(bundle, unet=StackedUNet.of(bundle.unet, joint))
-    again = Bundle.load(bundle.save(tmp_path / "stacked", half=False))
+    again = Bundle.load(bundle.save(tmp_path / "stacked", dtype=torch.float32))
     ask = {"seeds": [3], "steps": 1}
     torch.testing.assert_close(sample(bundle, ["a cat"], **ask), sample(again, ["a cat"], **ask))
     assert isinstance(again.unet, StackedUNet) and again.latent_shape() == bundle.latent_shape()

@@ -268,7 +268,7 @@ def test_a_model_whose_weights_changed_is_prepared_anew(
 ) -> None:
     monkeypatch.setenv("INSTAFLOW_CACHE", str(tmp_path / "cache"))
     made: list[Path] = []
-    monkeypatch.setattr(loading, "export", lambda _, folder, *rest: made.append(folder) or folder)
+    monkeypatch.setattr(loading, "export", lambda _, folder, *rest, **kept: made.append(folder) or folder)
     folder = one_step.save(tmp_path / "model")
     loading.exported(folder)
     loading.exported(folder)

@@ -36,7 +36,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(one_step: Bundle, tmp_path: Path) -> Path:
-    return one_step.save(tmp_path / "one-step", half=False)
+    return one_step.save(tmp_path / "one-step", dtype=torch.float32)
 
 
 def stage(model: Path, pictures: Path, **changes: object) -> Personalise:

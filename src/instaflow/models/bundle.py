@@ -219,20 +219,20 @@ class Bundle:
             ),
         )
 
-    def save(self, folder: Path, *, half: bool = True) -> Path:
-        """Write the bundle, whole or not at all; weights as fp16 when `half`."""
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> Path:
+        """Write the bundle, whole or not at all, its weights in this precision."""
         part = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(part, ignore_errors=True)
         try:
-            self._write(part, half)
+            self._write(part, dtype)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         return publish(part, folder)
 
-    def _write(self, folder: Path, half: bool) -> None:
+    def _write(self, folder: Path, dtype: torch.dtype) -> None:
         for name, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
-            save_network(network, folder / name, half=half)
+            save_network(network, folder / name, dtype=dtype)
         self.write_configs(folder)
         write_card(folder, msgspec.structs.replace(self.card, weights=bundle_hash(folder)))
 
@@ -346,9 +346,9 @@ def library(network: Any) -> str:
     return "diffusers" if module.startswith("diffusers.") else module
 
 
-def save_network(network: Any, folder: Path, *, half: bool) -> None:
-    """`save_pretrained`, as fp16 when `half`, leaving the network itself as it was."""
-    copied = copy.deepcopy(network).half() if half else network
+def save_network(network: Any, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """`save_pretrained` in this precision, leaving the network itself as it was."""
+    copied = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
     if isinstance(network, CLIPTextModel):  # transformers ≥ 5.6 dropped the prefix that every other reader expects
         state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in copied.state_dict().items()}
         copied.save_pretrained(folder, state_dict=state)

@@ -120,7 +120,7 @@ def save_control(control: ControlNetModel, card: ControlCard, folder: Path) -> P
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        save_network(control, part, half=True)
+        save_network(control, part)
         (part / CONTROL_CARD).write_text(json.dumps(msgspec.to_builtins(card), indent=2) + "\n")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

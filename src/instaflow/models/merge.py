@@ -141,7 +141,7 @@ def _folder(source: str | Path) -> Iterator[Path]:
         yield place
         return
     with tempfile.TemporaryDirectory() as made:
-        yield Bundle.load(place).save(Path(made) / place.stem, half=False)
+        yield Bundle.load(place).save(Path(made) / place.stem, dtype=torch.float32)
 
 
 def _same(into: Weights, other: Weights) -> None:

@@ -24,7 +24,7 @@ from instaflow.errors import BundleError
 from instaflow.noise import noise
 from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import exported, load_engine
-from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine, has_graphs, load_openvino
+from instaflow.runtime.openvino import GRAPH, PARTS, OpenVINOEngine, has_graphs, load_openvino, pick_precision
 
 PEERS = ("torch", "onnxruntime", "diffusers", "openvino-genai")
 PROMPT = "a red apple"
@@ -188,8 +188,9 @@ def peer(name: str, source: Path) -> Draw:
 def _onnxruntime(source: Path) -> Draw:
     import onnxruntime
 
-    folder = source if has_graphs(source) else exported(source)
-    ours = OpenVINOEngine(folder)  # for its tokens alone
+    precision = pick_precision(load_openvino().Core(), None)
+    folder = source if has_graphs(source) else exported(source, precision=precision)
+    ours = OpenVINOEngine(folder, precision=precision)  # for its tokens alone
     text, unet, vae = (onnxruntime.InferenceSession(folder / p / GRAPH) for p in ("text_encoder", "unet", "vae"))
     names = {i.name for i in text.get_inputs()}
 

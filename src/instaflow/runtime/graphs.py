@@ -31,6 +31,7 @@ from instaflow.models.networks import decode_latents
 from instaflow.models.velocity import denoised
 from instaflow.runtime.openvino import CONTROLLED, GRAPH, OWN_GRAPH, PARTS, load_openvino
 
+STORED = {"F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 INLINE = 1 << 16  # bytes: what is no weight of the bundle and larger than this is a mistake
 
 
@@ -169,7 +170,7 @@ def traced(bundle: Bundle) -> Iterator[tuple[str, Any]]:
     with torch.inference_mode():
         states = bundle.encode(["", "a"])
         yield "text_encoder", _trace(TextEncoder(bundle), {"input_ids": tokens, "attention_mask": ones}, ["states"],
-                                     (batch, batch if bundle.masked else None))  # fmt: skip
+                                     (batch, batch))  # fmt: skip
         with _one_time(bundle.unet):
             unet = _trace(OneStep(bundle), {"x0": x0, "states": states}, ["latents"], (latents, batch))
         yield "unet", unet
@@ -220,13 +221,14 @@ def _write(folder: Path, model: Any, name: str = GRAPH) -> None:
     import onnx_ir as ir
 
     there = _tensors(folder)
+    kinds = {np.dtype(kind) for *_, kind in there.values()}
     for value in list(model.graph.initializers.values()):
         raw = value.const_value.numpy()
         with np.errstate(over="ignore"):  # a mask's −∞, which is no weight
-            half = raw.astype("float16") if raw.dtype == "float32" else raw
-        for stored in (half, half.T):  # the exporter turns some matrices
+            halves = [raw.astype(kind) for kind in kinds] if raw.dtype == "float32" else [raw]
+        for stored, turned in ((x, turned) for half in halves for x, turned in ((half, False), (half.T, True))):
             if place := there.get(_digest(stored.tobytes())):
-                _refer(ir, model.graph, value, place, stored.shape, turned=stored is not half)
+                _refer(ir, model.graph, value, place, stored.shape, turned=turned)  # the exporter turns some matrices
                 break
         else:
             if raw.nbytes > INLINE:
@@ -238,11 +240,11 @@ def _write(folder: Path, model: Any, name: str = GRAPH) -> None:
 
 
 def _refer(
-    ir: Any, graph: Any, value: Any, place: tuple[str, int, int], shape: tuple[int, ...], *, turned: bool
+    ir: Any, graph: Any, value: Any, place: tuple[str, int, int, str], shape: tuple[int, ...], *, turned: bool
 ) -> None:
-    """Let `value` be the fp16 tensor that lies at `place`, as fp32 and turned over if it must be."""
-    file, offset, length = place
-    name, kind = f"{value.name}.half", ir.DataType.FLOAT16
+    """Let `value` be the tensor that lies at `place`, as fp32 and turned over if it must be."""
+    file, offset, length, stored = place
+    name, kind = f"{value.name}.half", ir.DataType.from_numpy(np.dtype(stored))
     tensor = ir.ExternalTensor(file, offset, length, kind, shape=ir.Shape(shape), name=name)
     weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     nodes = [ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")]
@@ -256,9 +258,9 @@ def _refer(
     graph.insert_before(graph[0], nodes)
 
 
-def _tensors(folder: Path) -> dict[bytes, tuple[str, int, int]]:
-    """Digest of each tensor's bytes in a folder's .safetensors → (file, offset, length)."""
-    found: dict[bytes, tuple[str, int, int]] = {}
+def _tensors(folder: Path) -> dict[bytes, tuple[str, int, int, str]]:
+    """Digest of each tensor's bytes in a folder's .safetensors → (file, offset, length, numpy's name of its type)."""
+    found: dict[bytes, tuple[str, int, int, str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -267,7 +269,8 @@ def _tensors(folder: Path) -> dict[bytes, tuple[str, int, int]]:
             for entry in header.values():
                 begin, end = entry["data_offsets"]
                 file.seek(8 + size + begin)
-                found[_digest(file.read(end - begin))] = (path.name, 8 + size + begin, end - begin)
+                place = path.name, 8 + size + begin, end - begin, STORED.get(entry["dtype"], "float32")
+                found[_digest(file.read(end - begin))] = place
     return found
 
 

@@ -6,7 +6,9 @@ as long as the graph has the same constants for one row as for several; `graphs.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +66,21 @@ def load_openvino() -> Any:
     return openvino
 
 
+def pick_precision(core: Any, precision: str | None) -> str:
+    """bf16 or f32: the one asked for, or bf16 where the processor computes with it.
+
+    Raises:
+        BundleError: it is not to be had here.
+    """
+    able = ["bf16"] * ("BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    if precision is None:
+        return [*able, "f32"][0]
+    if precision not in (*able, "f32"):
+        allowed = "bf16, f32" if able else "f32, since this processor does not compute with bf16"
+        raise BundleError(f"precision {precision!r} is not to be had; allowed: {allowed}")
+    return precision
+
+
 class OpenVINOEngine:
     """A one-step bundle on this machine's CPU."""
 
@@ -81,11 +98,7 @@ class OpenVINOEngine:
         self.folder, self.card = folder, read_card(folder)
         self._read_configs()
         self._core = openvino.Core()
-        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = precision or ("bf16" if able else "f32")
-        if self.precision not in ("bf16", "f32") or (self.precision == "bf16" and not able):
-            allowed = "bf16, f32" if able else "f32, since this processor does not compute with bf16"
-            raise BundleError(f"precision {self.precision!r} is not to be had; allowed: {allowed}")
+        self.precision = pick_precision(self._core, precision)
         self.name = " ".join(["openvino", *([self.card.quantised] if self.card.quantised else []), self.precision])
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
@@ -236,13 +249,13 @@ class OpenVINOEngine:
                 reason = ([line for line in str(error).splitlines() if line.strip()] or ["no word"])[-1]
                 raise BundleError(f"cannot compile {graph_of(self.folder, part)}: {reason[:200]}") from error
             self._graphs[key] = compiled.create_infer_request()
+            _unload_mapped(graph_of(self.folder, part).parent)
         return self._graphs[key]
 
     def read(self, part: str, batch: int, size: int) -> Any:
         """The part as OpenVINO's model of so many rows of this size."""
         graph, side = self._core.read_model(graph_of(self.folder, part)), size // self._factor
-        if self.precision == "f32":
-            _widen(graph)
+        (_widen if self.precision == "f32" else _keep_bf16)(graph)
         shapes = {}
         for port in graph.inputs:
             shape = port.partial_shape
@@ -257,12 +270,52 @@ def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return total
 
 
+def _unload_mapped(folder: Path) -> None:
+    """Take the weights' files out of this process' memory: what is compiled has packed them and reads them no more.
+
+    They stay mapped, and in the system's cache: whoever does read them has them back.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, *_, path = line.split(maxsplit=5) if line.count(" ") > 5 else (line, "", "")
+        if rights.startswith("r--") and path.startswith(f"{folder.resolve()}/"):
+            begin, end = (int(address, 16) for address in place.split("-"))
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _keep_bf16(graph: Any) -> None:
+    """Products with weights that are bf16 on the disk, of those: else OpenVINO would keep them widened to fp32."""
+    from openvino import opset13 as ops
+
+    for op in graph.get_ordered_ops():
+        kind = op.get_type_name()
+        if kind not in ("Convolution", "MatMul"):
+            continue
+        weight, turned = op.input_value(1), False
+        if weight.get_node().get_type_name() == "Transpose":  # of two axes
+            weight, turned = weight.get_node().input_value(0), True
+        if weight.get_node().get_type_name() != "Convert":
+            continue
+        weight = weight.get_node().input_value(0)
+        if weight.get_node().get_type_name() != "Constant" or weight.get_element_type().get_type_name() != "bf16":
+            continue
+        x, how = ops.convert(op.input_value(0), "bf16"), op.get_attributes()
+        if kind == "MatMul":
+            product = ops.matmul(x, weight, how["transpose_a"], how["transpose_b"] != turned)
+        else:
+            sizes = (how[k] for k in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad"))
+            product = ops.convolution(x, weight, *sizes)
+        op.output(0).replace(ops.convert(product, "f32").output(0))
+
+
 def _widen(graph: Any) -> None:
     """Half-precision constants as fp32: computing in fp32, version 2026.4 overwrites those that it widens itself."""
     from openvino import opset13 as ops
 
     for op in graph.get_ordered_ops():
         if op.get_type_name() == "Convert" and op.input_value(0).get_node().get_type_name() == "Constant":
-            data = op.input_value(0).get_node().data
-            if data.dtype == np.float16:
-                op.output(0).replace(ops.constant(data.astype(np.float32)).output(0))
+            half = op.input_value(0).get_node()
+            if half.get_element_type().get_type_name() in ("f16", "bf16"):
+                op.output(0).replace(ops.constant(half.get_data(dtype=np.float32)).output(0))

@@ -288,7 +288,7 @@ class Run:
         vae = network.vae if stage.model else finish(network, self.training_pictures, size)
         if self.processes.is_main_process:
             part = folder / "bundle.tmp"
-            save_network(vae, part / "vae", half=True)
+            save_network(vae, part / "vae")
             publish(part, self.output(stage.name))
 
     def _decoder(self, stage: Decoder, folder: Path) -> None:
@@ -299,7 +299,7 @@ class Run:
         )
         if self.processes.is_main_process:
             part = folder / "bundle.tmp"
-            save_network(network.vae, part / "vae", half=True)
+            save_network(network.vae, part / "vae")
             publish(part, self.output(stage.name))
 
     def _control(self, stage: Control, folder: Path) -> None:
