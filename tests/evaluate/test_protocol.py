@@ -62,7 +62,7 @@ def field(first: Entrant, count: int) -> Field:
 def report(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("report")
     models = [entrant(folders, "teacher"), entrant(folders, "one-step")]
-    found = evaluate(field(models[0], count=60), models, out, curve_count=24, write_cards=True)
+    found = evaluate(field(models[0], count=60), models, out, curve_count=24, made=folders["one-step"])
     return found, out
 
 
@@ -104,6 +104,7 @@ def test_a_model_against_itself_is_no_difference(folders: dict[str, Path], tmp_p
 def test_a_card_gets_the_results_of_the_settings_it_is_used_with(report: object, folders: dict[str, Path]) -> None:
     results = read_card(folders["one-step"]).results
     assert results["protocol"] == "emoji-heldout, version 3" and results["unseen"]["pictures"] == 60
+    assert read_card(folders["teacher"]).results == {}  # which that run had not made
 
 
 def test_what_is_drawn_is_kept_chunk_by_chunk(

@@ -254,7 +254,7 @@ def _evaluate(run: Run, stage: Evaluate) -> None:
         entrants,
         run.folder / stage.name,
         curve_count=stage.curve_count,
-        write_cards=True,
+        made=run.folder,
         device=run.device,
         workers=run.workers,
         wait=run.processes.wait_for_everyone,

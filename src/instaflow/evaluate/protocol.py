@@ -65,7 +65,7 @@ def evaluate(
     folder: Path,
     *,
     curve_count: int = 0,
-    write_cards: bool = False,
+    made: Path | None = None,
     device: str = "cpu",
     workers: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -79,7 +79,7 @@ def evaluate(
         entrants: the models, each with steps and guidance.
         folder: where the report goes.
         curve_count: pictures at each point of the curves over steps and guidance; 0 draws no curves.
-        write_cards: put each model's figures into its own card, for models that this run made.
+        made: where this run puts its models; figures of those go into their cards too, others are left as they are.
         device: where to draw.
         workers: (number of this process, how many there are); they share the drawing, and the first one
             measures. The others return an empty report.
@@ -126,7 +126,8 @@ def evaluate(
             entry[split.name] = ruler.measure(seen, found)
         rows[entrant.label] = np.concatenate([p[:each] for p in pictures])
         report["models"][entrant.label] = entry
-        if write_cards and entrant.steps == bundle.card.steps:  # as it is used
+        own = made is not None and entrant.folder.resolve().is_relative_to(made.resolve())
+        if own and entrant.steps == bundle.card.steps:  # as it is used
             results = {"protocol": f"{field.protocol.name}, version {field.protocol.version}", **entry}
             write_card(entrant.folder, msgspec.structs.replace(read_card(entrant.folder), results=results))
     report["differences"] = differences(features, splits, rulers)
