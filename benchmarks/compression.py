@@ -37,7 +37,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {  # name: (made of, the command that m
     "pruned 50 %, healed as long as distilled": (FULL, ["prune", "--target", "0.5", "--images", str(LONG)]),
     "int8": (FULL, ["quantise", "--scheme", "int8"]),
     "w8": (FULL, ["quantise", "--scheme", "w8"]),
-    "w4": (FULL, ["quantise", "--scheme", "w4", "--threshold", "0.01"]),
+    "w4": (FULL, ["quantise", "--scheme", "w4"]),
     "pruned 50 %, int8": ("pruned 50 %", ["quantise", "--scheme", "int8"]),
     "pruned 50 %, w8": ("pruned 50 %", ["quantise", "--scheme", "w8"]),
 }

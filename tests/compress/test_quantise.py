@@ -80,11 +80,12 @@ def test_the_table_is_kept_and_says_what_stays(made: tuple[Path, list[Layers]], 
     assert sum(t.parameters for t in table) == sum(p.numel() for p in weights)
 
 
+@pytest.mark.parametrize("scheme", ["w8", "int8"])
 def test_quantising_nothing_changes_nothing(
-    bundle: Bundle, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     monkeypatch.setattr(quantising, "_sensitivities", lambda *given: [replace(b, kept=True) for b in given[4]])
-    quantise(bundle, "w8", PROMPTS, tmp_path / "none")
+    quantise(bundle, scheme, PROMPTS, tmp_path / "none")
     engine, wanted = OpenVINOEngine(tmp_path / "none", precision="f32"), OpenVINOEngine(exact, precision="f32")
     x0, states = noise(range(4), wanted.latent_shape(32)), wanted.encode(PROMPTS)
     np.testing.assert_allclose(engine.sample(x0, states, **ONE), wanted.sample(x0, states, **ONE), atol=2e-3)

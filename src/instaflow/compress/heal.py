@@ -27,6 +27,7 @@ from instaflow.training.trainer import Batch, Draw, Stage, train
 
 SHARE = 0.7  # of the pictures, that imitate the unpruned network
 FEATURES = 0.1  # weight of all feature maps together, each relative to the unpruned network's own
+PERCEPTUAL = 0.1  # weight of the perceptual distance, where it is asked for
 
 
 def heal(
@@ -62,7 +63,7 @@ def heal(
     first = max(1, round(SHARE * images / batch_size))
     second = max(1, images // batch_size - first)
     specs = [Train(steps=n, batch_size=batch_size, lr=lr, lr_warmup_steps=min(20, n // 5)) for n in (first, second)]
-    distil = Distil(name="heal", model="pruned", pairs="pairs", loss=loss, perceptual_weight=0.1, train=specs[1])
+    distil = Distil(name="heal", model="pruned", pairs="pairs", loss=loss, perceptual_weight=PERCEPTUAL, train=specs[1])
     _begin(
         folder,
         {

@@ -5,7 +5,8 @@ prompts. w8 and w4 keep weights in 8 or 4 bits and compute as before; convolutio
 have 4. Weights have a scale a channel (4 bits: a group of 32). Text encoder and decoder get w8 whatever the scheme.
 
 What goes in and out of the U-Net and its time stay in 16 bits, and every block that alone would move X̂₁ by more than a
-threshold. The bundle holds OpenVINO's graphs and no safetensors, so it can no longer be trained or changed.
+threshold; so do sums, norms and attention's products of two activations, which have no weights to make smaller.
+The bundle holds OpenVINO's graphs and no safetensors, so it can no longer be trained or changed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from instaflow.noise import noise
 from instaflow.runtime.graphs import traced
 from instaflow.runtime.openvino import GRAPH, OWN_GRAPH, load_openvino
 
-SCHEMES = ("int8", "w8", "w4")
+SCHEMES = {"int8": 3e-4, "w8": 1e-3, "w4": 1e-2}  # and the sensitivity from which a block stays in 16 bits
 KEPT = ("conv_in", "conv_out", "time_embedding")  # whatever their sensitivity
 GROUP = 32  # weights that share a 4-bit scale
 LARGE = 1 << 16  # numbers in a constant that is kept in fp16
@@ -55,7 +56,7 @@ def quantise(
     prompts: Sequence[str],
     out: Path,
     *,
-    threshold: float = 1e-3,
+    threshold: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Layers]:
     """Write the quantised bundle, whole or not at all, and return the sensitivity table, which its card keeps too.
@@ -65,7 +66,7 @@ def quantise(
         scheme: int8, w8 or w4.
         prompts: for calibration; never of concepts that it will be measured on.
         out: the folder to write.
-        threshold: blocks that are more sensitive stay in 16 bits.
+        threshold: blocks that are more sensitive stay in 16 bits; None takes the scheme's own.
         progress: told what is being measured.
 
     Raises:
@@ -74,6 +75,7 @@ def quantise(
     """
     if scheme not in SCHEMES:
         raise BundleError(f"unknown scheme {scheme!r}; allowed: {', '.join(SCHEMES)}")
+    threshold = SCHEMES[scheme] if threshold is None else threshold
     if not prompts:
         raise PromptError("no prompt to calibrate with")
     if hasattr(bundle.unet, "peft_config"):
@@ -171,9 +173,11 @@ def _block(scopes: Sequence[str]) -> str:
 
 def _shrink(nncf: Any, graph: Any, scheme: str, kept: Sequence[str], samples: list[list[np.ndarray]]) -> Any:
     """The graph with quantised weights, less those of the layers `kept`."""
-    there = {op.get_friendly_name() for op in graph.get_ordered_ops()}
-    names = [n for k in kept for n in (k, f"{k}/WithoutBiases") if n in there]
-    ignored = nncf.IgnoredScope(names=names)
+    whole = {op.get_friendly_name(): op for op in graph.get_ordered_ops()}
+    names = [n for n in whole if n.removesuffix("/WithoutBiases") in kept]
+    if scheme == "int8":
+        names += [n for n, op in whole.items() if not _has_weights(op)]
+    ignored = nncf.IgnoredScope(names=names, validate=False)  # it does not know of every operation
     if scheme == "int8":
         return nncf.quantize(
             graph,
@@ -196,6 +200,16 @@ def _shrink(nncf: Any, graph: Any, scheme: str, kept: Sequence[str], samples: li
             group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
         ),
     )
+
+
+def _has_weights(op: Any) -> bool:
+    """Whether it is a convolution or a product with a constant."""
+    if op.get_type_name() not in ("Convolution", "MatMul"):
+        return False
+    weight = op.input_value(1).get_node()
+    while weight.get_type_name() in ("Convert", "Transpose", "Reshape"):
+        weight = weight.input_value(0).get_node()
+    return bool(weight.get_type_name() == "Constant")
 
 
 def _sensitivities(
