@@ -57,6 +57,16 @@ def random_sd15(folder: Path) -> Path:
     return folder
 
 
+def random_decoder(folder: Path) -> Path:
+    """TAESD's architecture, random weights."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    AutoencoderTiny().half().save_pretrained(folder)
+    return folder
+
+
 def timed(engine: OpenVINOEngine, count: int, size: int) -> float:
     """Milliseconds of drawing so many pictures of a size, the median."""
     took = []
@@ -114,7 +124,10 @@ def main() -> None:
         model, runs, out = [], given.runs or 60, given.out / "bench.json"
         peers = given.against or ["torch", "onnxruntime"]
     subprocess.run([*bench, *model, "--against", *peers, "--runs", str(runs), "-o", str(out)], check=True)
-    if not given.sd15:
+    if given.sd15:
+        small = ["--decoder", str(random_decoder(given.out / "taesd")), "-o", str(given.out / "sd15-tiny.json")]
+        subprocess.run([*bench, *model, *small, "--runs", str(runs)], check=True)
+    else:
         growth(given.out)
 
 

@@ -237,6 +237,7 @@ def bench(
     device: Device = "cpu",
     engine: Engine = None,
     precision: Precision = None,
+    decoder: str | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
 ) -> None:
     """Measure how fast a model draws here: warm, cold, part by part, and beside other ways of running it.
@@ -257,6 +258,8 @@ def bench(
         Warm pictures of each.
     cold_runs
         Whole processes from start to picture; 0 measures none.
+    decoder
+        A tiny decoder in place of the model's own, as `generate` takes it.
     out
         A .json file for the figures.
     """
@@ -273,7 +276,7 @@ def bench(
     from instaflow.runtime.loading import load_engine
 
     source = locate(DEFAULT if model is None else model)
-    chosen: dict[str, Any] = {"device": device, "engine": engine, "precision": precision}
+    chosen: dict[str, Any] = {"device": device, "engine": engine, "precision": precision, "decoder": decoder}
     loaded = load_engine(source, safety=False, **chosen)
     if loaded.card.kind != "one-step":
         raise PromptError(f"bench draws in one step, and {loaded.card.name!r} is a {loaded.card.kind} model")
