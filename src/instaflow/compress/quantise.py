@@ -34,7 +34,7 @@ SCHEMES = {"int8": 3e-4, "w8": 1e-3, "w4": 1e-2}  # and the sensitivity from whi
 KEPT = ("conv_in", "conv_out", "time_embedding")  # whatever their sensitivity
 GROUP = 32  # weights that share a 4-bit scale
 LARGE = 1 << 16  # numbers in a constant that is kept in fp16
-SAMPLES = 32  # for calibration
+SAMPLES, SENSED = 128, 32  # for calibration, and of those for the sensitivities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def _write(
         read = lambda: core.read_model(scratch / GRAPH)  # noqa: E731 — NNCF changes what it is given
         if part == "unet":
             samples = _samples(bundle, prompts)
-            table = _sensitivities(nncf, core, read, scheme, blocks, samples, threshold, progress)
+            table = _sensitivities(nncf, core, read, scheme, blocks, samples[:SENSED], threshold, progress)
             small = _shrink(nncf, read(), scheme, [n for t in table if t.kept for n in t.nodes], samples)
         else:
             small = _shrink(nncf, read(), "w8", [], [])
