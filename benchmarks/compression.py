@@ -164,7 +164,10 @@ def sd15(folder: Path) -> None:
         ms = float(np.median(took[1:]))
         full = full or ms
         size = sum(p.numel() for p in unet.parameters())
-        print(f"| {target} | {size / 1e6:.1f} | {count(unet)[0] / 1e9:.0f} | {ms:.0f} | {full / ms:.2f} |", flush=True)
+        print(
+            f"| {target} | {size / 1e6:.1f} | {count(bundle.unet)[0] / 1e9:.0f} | {ms:.0f} | {full / ms:.2f} |",
+            flush=True,
+        )
         del unet
     with tempfile.TemporaryDirectory() as scratch:
         pairs, shape = Path(scratch) / "pairs", whole.latent_shape()
