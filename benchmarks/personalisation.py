@@ -114,7 +114,7 @@ def hand(base: Bundle, blobs: Bundle, lite: Lite0, data: Path, out: Path) -> dic
     names += [p.name for p in unseen[:: len(unseen) // 4]][:4]
     by_name = {p.name: p for p in found}
     sheet = [pixels([by_name[n] for n in names]), draw(base, names), draw(blobs, names)]
-    save_grid(np.concatenate(sheet), out / "personalise-hand.png", columns=8)
+    save_grid(np.concatenate(sheet), out / "personalise-hand.png", columns=len(names))
     print(names)
     return rows
 
