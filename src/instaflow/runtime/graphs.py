@@ -225,7 +225,7 @@ def _write(folder: Path, model: Any, name: str = GRAPH) -> None:
     for value in list(model.graph.initializers.values()):
         raw = value.const_value.numpy()
         with np.errstate(over="ignore"):  # a mask's −∞, which is no weight
-            halves = [raw.astype(kind) for kind in kinds] if raw.dtype == "float32" else [raw]
+            halves = [raw.astype(kind) for kind in kinds] if raw.dtype == "float32" else []
         for stored, turned in ((x, turned) for half in halves for x, turned in ((half, False), (half.T, True))):
             if place := there.get(_digest(stored.tobytes())):
                 _refer(ir, model.graph, value, place, stored.shape, turned=turned)  # the exporter turns some matrices

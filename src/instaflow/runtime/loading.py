@@ -163,7 +163,7 @@ def exported(
         source: the model's folder.
         decoder: a tiny decoder in place of its own.
         loras: fused into its weights.
-        precision: what it will be computed in: bf16 weights take a third of the memory then, and fp16 ones are nearer.
+        precision: what it will be computed in: for bf16 weights are kept so, which saves memory, else fp16.
 
     Raises:
         BundleError: it must be made and torch is missing, or the disk is full.

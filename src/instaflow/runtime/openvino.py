@@ -277,11 +277,11 @@ def _unload_mapped(folder: Path) -> None:
     """
     if sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None)
+    libc, inside = ctypes.CDLL(None), f"{folder.resolve()}/"
     for line in Path("/proc/self/maps").read_text().splitlines():
-        place, rights, *_, path = line.split(maxsplit=5) if line.count(" ") > 5 else (line, "", "")
-        if rights.startswith("r--") and path.startswith(f"{folder.resolve()}/"):
-            begin, end = (int(address, 16) for address in place.split("-"))
+        fields = line.split(maxsplit=5)  # place, rights, offset, device, inode, path
+        if len(fields) == 6 and fields[1].startswith("r--") and fields[5].startswith(inside):
+            begin, end = (int(address, 16) for address in fields[0].split("-"))
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
