@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -511,7 +511,7 @@ def main(folder: Path, killed: int, rank: int, where: str, changes: dict) -> Non
         network = train(unet_stage(folder / "unet", where), spec, folder, seed=0, name="u")
         if os.environ["RANK"] == "0":
             torch.save(network.state_dict(), folder / "two.pt")
-        return
+        return PartialState().destroy_process_group()
     mine, real = int(os.environ.get("RANK", 0)) == rank, torch.save
 
     def kill(step: int) -> None:
@@ -528,6 +528,7 @@ def main(folder: Path, killed: int, rank: int, where: str, changes: dict) -> Non
     if mine and where == "checkpoint":
         torch.save = half
     run(folder, linear_stage(kill), checkpoint_minutes=ALWAYS, **changes)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

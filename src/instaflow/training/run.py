@@ -184,6 +184,7 @@ class Run:
             self._check_unchanged()
             self._check_data(stages)
             self._carry_out_all(stages, evaluate)
+        self.processes.destroy_process_group()  # gloo's threads may abort a process that exits with them
 
     def _carry_out_all(self, stages: Sequence[Stage], evaluate: Evaluator) -> None:
         self.processes.wait_for_everyone()
@@ -313,10 +314,10 @@ class Run:
         pictures = self.training_pictures  # of any hand: more shapes to follow
         latents = encode_all(bundle.vae, pictures, self.recipe.data.size)
         torch.manual_seed(self.recipe.seed)  # the layers that read the picture start at random
-        built = control_stage(stage, bundle, pictures, latents)
+        base = bundle_hash(source)
+        built = control_stage(stage, bundle, pictures, latents, base)
         network: Any = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
         if self.processes.is_main_process:
-            base = bundle_hash(source)
             card = ControlCard(
                 kind=stage.control,
                 base=bundle.card.name,
