@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderTiny
 from PIL import Image
+from safetensors.torch import load_file
 from test_checkpoints import tiny_pipeline
 
 from instaflow.data.pairs import open_pairs, read_manifest
 from instaflow.data.pictures import Picture, write_parquet
 from instaflow.errors import BundleError
 from instaflow.models.bundle import Bundle
-from instaflow.models.card import bundle_hash, read_card
+from instaflow.models.card import DEFAULT, bundle_hash, read_card, read_control_card
+from instaflow.models.control import load_control
+from instaflow.models.hub import find_control
 from instaflow.models.networks import build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
-from instaflow.recipe import Data, Evaluate, Pairs, Recipe, Teacher, Train, inputs, load_recipe
-from instaflow.training.run import Run
+from instaflow.recipe import Data, Evaluate, Pairs, Personalise, Recipe, Teacher, Train, inputs, load_recipe
+from instaflow.training.run import LORA, Run
 
 ROOT = Path(__file__).parent.parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -112,6 +116,56 @@ def test_the_recipes_of_the_findings(tiny: Bundle, tmp_path: Path) -> None:
     for stage in ("reflow-distil-l2", "3-rectified"):
         assert read_card(findings(stage)).lineage["pairs"]["teacher"] == own.teacher
     assert set(open_pairs(runs[2].output("pairs")).load(0).prompts) == {""}
+
+
+def test_the_recipes_of_control(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture.from_image(Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), name=f"thing {i}")
+        for i in range(4)
+    ]
+    data = Data(source=str(write_parquet(pictures, tmp_path / "data.parquet")), size=64)
+    seen = {}
+    for name in ("control-edges.toml", "controls.toml"):
+        recipe = shrunk(name, **{"src/instaflow/default": str(DEFAULT)})
+        run = carry_out(msgspec.structs.replace(recipe, data=data), tmp_path)
+        seen |= {s.name: read_control_card(run.output(s.name)) for s in recipe.stages}
+    assert {k: c.kind for k, c in seen.items() if c} == {k: k for k in ("edges", "scribble", "colours", "inpaint")}
+    shipped, bundle = load_file(find_control("edges") / WEIGHTS), Bundle.load(DEFAULT)
+    begun = load_file(run.output("scribble") / WEIGHTS)  # two steps from the control that comes with the model
+    assert max((begun[k].float() - v.float()).abs().max() for k, v in shipped.items()) < 0.01
+    load_control(run.output("colours"), bundle, bundle_hash(DEFAULT))
+
+
+def test_the_recipe_of_personalisation(tiny: Bundle, one_step: Bundle, tmp_path: Path) -> None:
+    drawn = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)) for i in range(4)]
+    (tmp_path / "cat").mkdir()
+    for i, picture in enumerate(drawn):
+        picture.save(tmp_path / "cat" / f"{i}.png")
+    captioned = [Picture.from_image(picture, name=f"thing {i}") for i, picture in enumerate(drawn)]
+    hand = str(write_parquet(captioned, tmp_path / "hand.parquet"))
+    models = {
+        "src/instaflow/default": str(one_step.save(tmp_path / "one")),
+        "runs/findings/teacher/bundle": str(tiny.save(tmp_path / "teacher")),
+    }
+    recipe = shrunk("personalise.toml", **models)
+    stages = tuple(
+        msgspec.structs.replace(s, pictures=(str(tmp_path / "cat") if s.subject else hand,), count=4, prior=2)
+        for s in recipe.stages
+        if isinstance(s, Personalise)
+    )
+    run = carry_out(msgspec.structs.replace(recipe, stages=stages), tmp_path)
+    kinds = {s.name: read_card(run.output(s.name)).kind for s in stages}
+    assert {k for k, v in kinds.items() if v == "teacher"} == {"teacher", "blobs-teacher"}
+    assert {k for k, v in kinds.items() if v == "one-step"} == {
+        "subject",
+        "subject-l2",
+        "by-teacher",
+        "ordinary",
+        "blobs",
+    }
+    for stage in stages:
+        assert (run.folder / stage.name / LORA).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)

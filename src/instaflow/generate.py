@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from instaflow.runtime.engine import Engine
 from instaflow.runtime.loading import load_engine
 
 LARGEST_SEED = 2**63 - 1
+REMEMBERED = 64  # encoded prompts, or batches of them
 MANY = 100  # pictures from which on drawing several together is worth the half second that it takes to prepare
 
 
@@ -104,6 +106,8 @@ class InstaFlow:
     def __init__(self, engine: Engine, *, loras: Sequence[LoRA] = ()) -> None:
         """Wrap an engine, whose bundle has these LoRAs on it."""
         self.engine, self.loras = engine, loras
+        # words met again are not read again; with them goes the scale of each LoRA, which may be on the text encoder
+        self._states = lru_cache(REMEMBERED)(lambda prompts, scales: engine.encode(prompts))
 
     @classmethod
     def load(
@@ -116,6 +120,7 @@ class InstaFlow:
         engine: str | None = None,
         precision: str | None = None,
         decoder: str | Path | None = None,
+        compiled: bool = False,
     ) -> InstaFlow:
         """Load a model.
 
@@ -128,16 +133,19 @@ class InstaFlow:
             safety: run the model's own safety checker, when it has one.
             engine: 'openvino', a one-step model's fast way on a CPU, or 'torch', every model's on every device.
                 None takes the first where it can.
-            precision: of OpenVINO bf16 or f32, of torch float32, bfloat16 or float16. None leaves it to the engine.
+            precision: of OpenVINO bf16 or f32, of torch float32, bfloat16 or float16. None leaves it to the engine:
+                bf16 where the processor has it, float16 on CUDA.
             decoder: a tiny decoder in place of the model's own: a folder or hub id of diffusers' AutoencoderTiny, or
                 what a decoder stage made.
+            compiled: draw by torch, compiled for each size of picture, which takes a minute or two and pays where many
+                are drawn; on CUDA they replay as graphs.
 
         Raises:
             BundleError: no such model, LoRA or engine, it cannot be read, or the one is not for the other.
         """
         options: dict[str, Any] = {"device": device, "safety": safety, "engine": engine, "precision": precision}
         loras = [LoRA.read(text) for text in ([lora] if isinstance(lora, str | Path) else lora)]
-        return cls(load_engine(model, loras=loras, decoder=decoder, **options), loras=loras)
+        return cls(load_engine(model, loras=loras, decoder=decoder, compiled=compiled, **options), loras=loras)
 
     def generate(
         self,
@@ -269,7 +277,8 @@ class InstaFlow:
             if scaled:
                 set_lora_scales(engine.bundle, [lora.scale for lora in loras])  # type: ignore[attr-defined]
             start = time.perf_counter()
-            latents = engine.sample(noise(numbers, engine.latent_shape(size)), self._encode(texts), **options)
+            states = self._encode(texts, tuple(lora.scale for lora in loras))
+            latents = engine.sample(noise(numbers, engine.latent_shape(size)), states, **options)
             decoded = engine.decode(latents)
             with np.errstate(invalid="ignore"):
                 pixels = to_uint8(decoded)
@@ -300,10 +309,11 @@ class InstaFlow:
                     blocked=blocked,
                 )
 
-    def _encode(self, prompts: Sequence[str | Blend]) -> Any:
-        """Token states of prompts, or of the one `Blend`."""
+    def _encode(self, prompts: Sequence[str | Blend], scales: tuple[float, ...]) -> Any:
+        """Token states of prompts, or of the one `Blend`, under LoRAs at these scales."""
         blend = prompts[0]
         if not isinstance(blend, Blend):
-            return self.engine.encode([str(p) for p in prompts])
-        here, there = (self.engine.encode([text]) for text in blend[:2])
+            different = tuple(dict.fromkeys(str(p) for p in prompts))
+            return self._states(different, scales)[[different.index(str(p)) for p in prompts]]
+        here, there = (self._states((text,), scales) for text in blend[:2])
         return here + blend.mix * (there - here)

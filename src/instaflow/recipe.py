@@ -258,6 +258,9 @@ class Control(Spec, frozen=True, kw_only=True, tag="control", tag_field="kind"):
     """The one-step model that it controls."""
     control: ControlKind = "edges"
     """What its pictures show of a drawing."""
+    init: str = ""
+    """A control of the same model to start from, in its own shape, as `generate --control` names it: a name or a
+    folder; '' starts from the model's own encoder."""
     empty_prompts: Fraction = 0.5
     """Share of prompts dropped, so that the control has to say it (half of them, as in its paper)."""
     middle_attention: bool = True

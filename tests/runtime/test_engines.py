@@ -105,6 +105,37 @@ def test_a_graph_that_is_filled_up_changes_no_picture(fast: OpenVINOEngine, coun
     assert 16 in rows or count < FILLED
 
 
+def test_words_met_again_are_not_read_again(fast: OpenVINOEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, model, read = InstaFlow(fast), InstaFlow(fast), []
+    alone = [fresh.generate(p, seed=i) for i, p in enumerate(["sun", "a red apple", "sun"])]
+    real = fast.encode
+    monkeypatch.setattr(fast, "encode", lambda prompts: read.append(prompts) or real(prompts))
+    assert [d.png() for d in model.generate_many(["sun", "a red apple", "sun"], seeds=[0, 1, 2])] == [
+        d.png() for d in alone
+    ]
+    assert read == [("sun",), ("a red apple",)]
+    several = model.generate_many(["sun", "a red apple", "sun"] * 2, seeds=[0, 1, 2] * 2, together=16)
+    assert [d.png() for d in several] == [d.png() for d in alone] * 2
+    assert read[2:] == [("sun", "a red apple")]
+
+
+def test_compiled_it_draws_the_same(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = load_engine(folder, engine="torch"), load_engine(folder, compiled=True)
+    assert (plain.name, compiled.name) == ("torch float32 on cpu", "torch float32, compiled on cpu")
+    drawn = [
+        [np.asarray(d.image) for d in InstaFlow(e).generate_many(PROMPTS, seeds=range(4))] for e in (plain, compiled)
+    ]
+    assert np.abs(np.array(drawn[0], int) - np.array(drawn[1], int)).max() <= 1
+    with pytest.raises(BundleError, match="the engine openvino compiles by itself"):
+        load_engine(folder, engine="openvino", compiled=True)
+    with pytest.raises(BundleError, match="compiling is for a model of one step, and 'tiny' is teacher"):
+        TorchEngine.of(tiny, compiled=True)
+    monkeypatch.setenv("CXX", "/no/compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
+    with pytest.raises(BundleError, match=r"cannot compile 'tiny-one-step'.*it draws uncompiled too"):
+        InstaFlow(compiled).generate("sun", size=64)
+
+
 def test_prompts_are_cut_where_torch_cuts_them(exact: OpenVINOEngine, reference: TorchEngine) -> None:
     texts = ["", "ünïcödé ☂ emoji", "word " * 40]
     np.testing.assert_allclose(exact.encode(texts), reference.encode(texts).numpy(), atol=1e-4)

@@ -44,6 +44,14 @@ Precision = Annotated[
     str | None,
     Parameter(help="Of openvino bf16 or f32, of torch float32, bfloat16 or float16; left out, the engine's own."),
 ]
+Compiled = Annotated[
+    bool,
+    Parameter(
+        name="--compile",
+        negative="",
+        help="Draw by torch, compiled for each size of picture: a minute or two, then faster; CUDA graphs on a GPU.",
+    ),
+]
 Root = Annotated[Path, Parameter(help="Where run folders go.")]
 Cache = Annotated[Path, Parameter(help="Where data sets and fetched packages go.")]
 

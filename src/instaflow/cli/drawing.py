@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import secrets
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush, whole
+from instaflow.cli.app import Compiled, Device, Engine, Precision, Whole, app, hush, whole
 from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from instaflow.generate import Drawing, InstaFlow
 
+SAVING = 2  # pictures written at a time
 MOST = 100_000  # pictures of a prompt in one command
 SUFFIXES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # of pictures that we do not write
 
@@ -42,6 +46,7 @@ def generate(
     engine: Engine = None,
     precision: Precision = None,
     decoder: str | None = None,
+    compiled: Compiled = False,
     control: Annotated[list[str] | None, Parameter(negative="")] = None,
     control_scale: float = 1.0,
 ) -> None:
@@ -115,7 +120,8 @@ def generate(
     if shown:
         able = engine_for(model, [folder for folder, _ in shown], size)
         engine = engine or able
-    flow = _load(model, lora=lora, safety=safety, device=device, engine=engine, precision=precision, decoder=decoder)
+    options: dict[str, Any] = {"device": device, "engine": engine, "precision": precision, "compiled": compiled}
+    flow = _load(model, lora=lora, safety=safety, decoder=decoder, **options)
     drawings = flow.generate_many(
         [t for t, _ in wanted],
         seeds=[s for _, s in wanted],
@@ -140,15 +146,13 @@ def generate(
         print(f"note: {flow.engine.card.name} learnt at {own} pixels; at {size} it repeats itself", file=sys.stderr)
     from rich.progress import track
 
-    done: list[Drawing] = []
     quiet = len(wanted) == 1 or not sys.stderr.isatty()
-    for drawing in track(drawings, "drawing", total=len(wanted), disable=quiet):
-        if not grid:
-            path = drawing.save(paths[len(done)])
-            _say(path, drawing)
-        done.append(drawing)
+    shown_on = track(drawings, "drawing", total=len(wanted), disable=quiet)
     if grid:
-        _save_sheet(done, paths[0], columns=number if number > 1 else 8)
+        _save_sheet([*shown_on], paths[0], columns=number if number > 1 else 8)
+        return
+    for path, drawing in _saved(shown_on, paths):
+        _say(path, drawing)
 
 
 def _load(model: str | None, **options: Any) -> InstaFlow:
@@ -159,6 +163,19 @@ def _load(model: str | None, **options: Any) -> InstaFlow:
     if flow.engine.card.image_size <= 128:
         flow.generate("warm up")  # so that the time printed is that of the picture, not of loading
     return flow
+
+
+def _saved(drawings: Iterable[Drawing], paths: list[Path]) -> Iterator[tuple[Path, Drawing]]:
+    """Each drawing once it is on the disk; PNGs are packed while the next are drawn."""
+    with ThreadPoolExecutor(SAVING) as pool:
+        begun: deque[tuple[Future[Path], Drawing]] = deque()
+        for drawing, path in zip(drawings, paths, strict=True):
+            begun.append((pool.submit(drawing.save, path), drawing))
+            if len(begun) > SAVING:
+                written, first = begun.popleft()
+                yield written.result(), first
+        for written, drawing in begun:
+            yield written.result(), drawing
 
 
 def _read_controls(given: list[str]) -> list[tuple[Path, str]]:
@@ -238,6 +255,7 @@ def bench(
     engine: Engine = None,
     precision: Precision = None,
     decoder: str | None = None,
+    compiled: Compiled = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
 ) -> None:
     """Measure how fast a model draws here: warm, cold, part by part, and beside other ways of running it.
@@ -277,11 +295,11 @@ def bench(
 
     source = locate(DEFAULT if model is None else model)
     chosen: dict[str, Any] = {"device": device, "engine": engine, "precision": precision, "decoder": decoder}
-    loaded = load_engine(source, safety=False, **chosen)
+    loaded = load_engine(source, safety=False, compiled=compiled, **chosen)
     if loaded.card.kind != "one-step":
         raise PromptError(f"bench draws in one step, and {loaded.card.name!r} is a {loaded.card.kind} model")
     options = [word for k, v in chosen.items() if v is not None for word in (f"--{k}", v)]
-    options += ["--model", str(source), "--no-safety"]
+    options += ["--model", str(source), "--no-safety", *["--compile"] * compiled]
     report = measuring.bench(source, loaded, against=against, runs=runs, cold_runs=cold_runs, options=options)
     _print_bench(report)
     if out is not None:

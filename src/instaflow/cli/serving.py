@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
-from instaflow.cli.app import Device, Engine, Precision, Whole, app, hush
+from instaflow.cli.app import Compiled, Device, Engine, Precision, Whole, app, hush
 from instaflow.errors import DataError
 
 
@@ -22,6 +23,7 @@ def serve(
     device: Device = "cpu",
     engine: Engine = None,
     precision: Precision = None,
+    compiled: Compiled = False,
     safety: bool = True,
 ) -> None:
     """Serve a model over HTTP: OpenAI's image endpoint, and a page that draws while you type.
@@ -78,7 +80,10 @@ def serve(
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise DataError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    flow = InstaFlow.load(model, lora=files, device=device, safety=safety, engine=engine, precision=precision)
+    options: dict[str, Any] = {"device": device, "engine": engine, "precision": precision, "compiled": compiled}
+    flow = InstaFlow.load(model, lora=files, safety=safety, **options)
+    if compiled:
+        flow.engine.prepare(1, flow.engine.card.image_size)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
     config = uvicorn.Config(served, log_level="warning", timeout_graceful_shutdown=60)

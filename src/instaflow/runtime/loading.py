@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -43,6 +43,7 @@ def load_engine(
     engine: str | None = None,
     precision: str | None = None,
     decoder: str | Path | None = None,
+    compiled: bool = False,
 ) -> Engine:
     """The engine asked for, or the fastest that can: OpenVINO for a one-step model on a CPU, else torch.
 
@@ -56,6 +57,10 @@ def load_engine(
             f"precision {precision!r} is not to be had; allowed: of openvino bf16, f32, "
             "of torch float32, bfloat16, float16"
         )
+    if compiled and engine == "openvino":
+        raise BundleError("the engine openvino compiles by itself; compiling is for torch")
+    if compiled:
+        engine = "torch"
     source = locate(DEFAULT if model is None else model)
     why_not = _why_not_openvino(source, device, safety)
     if engine == "openvino" and why_not:
@@ -68,7 +73,8 @@ def load_engine(
                 raise
             log.warning("%s; drawing with torch instead", error)
             precision = None
-    return _torch(source, loras=loras, device=device, safety=safety, precision=precision, decoder=decoder)
+    options: dict[str, Any] = {"device": device, "safety": safety, "precision": precision, "compiled": compiled}
+    return _torch(source, loras=loras, decoder=decoder, **options)
 
 
 def engine_for(model: str | None, controls: Sequence[Path], size: int | None = None) -> str | None:
@@ -131,6 +137,7 @@ def _torch(
     safety: bool,
     precision: str | None,
     decoder: str | Path | None,
+    compiled: bool,
 ) -> Engine:
     if not has_torch():
         raise BundleError("this needs torch and diffusers: pip install 'instaflow[torch]'")
@@ -142,7 +149,7 @@ def _torch(
         from instaflow.models.lora import load_loras  # peft, which nothing else needs
 
         load_loras(bundle, loras)
-    return TorchEngine.of(bundle, precision)
+    return TorchEngine.of(bundle, precision, compiled=compiled)
 
 
 # -- graphs made on first use ----------------------------------------------------------------------
