@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,8 +21,7 @@ from instaflow.errors import DataError
 from instaflow.models.bundle import Bundle
 from instaflow.models.lora import drop_lora, load_lora
 from instaflow.models.sampling import noise, sample
-from instaflow.recipe import Personalise, Recipe, Train
-from instaflow.training import trainer
+from instaflow.recipe import Personalise, Recipe, Train, dump_recipe
 from instaflow.training.personalise import add_lora, personalise_stage, picture_pairs, prior_prompts, read_subject
 from instaflow.training.run import LORA, Run
 from instaflow.training.trainer import Draw
@@ -69,27 +73,22 @@ def test_only_the_lora_learns(model: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_broken_run_ends_as_an_unbroken_one(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unbroken = carry_out(stage(model, pictures), tmp_path / "one")
+def test_a_killed_run_ends_as_an_unbroken_one(model: Path, pictures: Path, tmp_path: Path) -> None:
+    long = stage(model, pictures, train=msgspec.structs.replace(TRAIN, steps=30))
+    unbroken = carry_out(long, tmp_path / "one")
     learnt = load_file(unbroken / LORA)
     assert learnt and any(v.abs().max() > 0 for k, v in learnt.items() if "lora_B" in k)
 
-    save, saved = trainer.save, []
-
-    def killed(*args: object, **options: object) -> None:
-        save(*args, **options)
-        saved.append(args[4])
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(stage(model, pictures), tmp_path / "two")
-    monkeypatch.setattr(trainer, "save", save)
-    assert not (tmp_path / "two" / "mine" / "cat" / LORA).exists()
-    broken = load_file(carry_out(stage(model, pictures), tmp_path / "two") / LORA)
+    dump_recipe(Recipe(name="mine", stages=(long,)), tmp_path / "mine.toml")
+    words = [sys.executable, "-m", "instaflow", "run", str(tmp_path / "mine.toml"), "--root", str(tmp_path / "two")]
+    job, folder = subprocess.Popen(words, stderr=subprocess.DEVNULL), tmp_path / "two" / "mine" / "cat"
+    while not (folder / "checkpoint.pt").exists():
+        assert job.poll() is None
+        time.sleep(0.002)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL and not (folder / LORA).exists()
+    assert 0 < torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < long.train.steps
+    broken = load_file(carry_out(long, tmp_path / "two") / LORA)
     assert all(torch.equal(v, broken[k]) for k, v in learnt.items())
 
     # the model with the file on it is the model that the stage left, and the file alone makes the difference
