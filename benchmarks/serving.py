@@ -55,7 +55,8 @@ def child(batch: int, queue: int) -> None:
     import uvicorn
 
     from instaflow.generate import InstaFlow
-    from instaflow.serve.app import Limits, create_app
+    from instaflow.serve.app import create_app
+    from instaflow.serve.orders import Limits
 
     flow = InstaFlow.load()
     flow.engine.batch = batch  # type: ignore[misc]

@@ -28,7 +28,7 @@ from instaflow.generate import InstaFlow
 from instaflow.models.hub import CONTROLS
 from instaflow.models.request import Blend, Control, read_image
 from instaflow.noise import Walk
-from instaflow.serve.app import Limits
+from instaflow.serve.orders import Limits
 
 DRAW = "/v1/images/generations"
 Serving = Callable[..., AbstractContextManager[str]]
@@ -272,14 +272,29 @@ def test_a_key_is_asked_for(serving: Serving, flow: InstaFlow) -> None:
             ({"Authorization": "Bearer k"}, 200),
         ):
             assert client.post(DRAW, json={"prompt": "sun"}, headers=sent).status_code == status
+        assert client.post(DRAW, content=b"no JSON").status_code == 401
+        assert client.post(DRAW, content=b" " * 2_000_000).headers["WWW-Authenticate"] == "Bearer"
         assert client.get("/healthz").status_code == 200
 
 
 def test_the_page_names_no_other_host(client: httpx.Client) -> None:
-    for file in ("", "page.js", "page.css"):
+    for file in ("", "page/page.js", "page/page.css"):
         answer = client.get(f"/{file}")
         assert answer.status_code == 200 and "//" not in answer.text.replace("// ", "")
-    assert client.get("/../app.py").status_code == client.get("/%2e%2e/app.py").status_code == 404
+    for path in ("/../app.py", "/page/%2e%2e/app.py", "/page/nothing", "/nothing"):
+        assert client.get(path).status_code == 404
+
+
+def test_a_wrong_method_is_told_the_right_one(client: httpx.Client) -> None:
+    for path, method, allowed in ((DRAW, "GET", "POST"), ("/v1/models", "DELETE", "GET"), ("/healthz", "PUT", "GET")):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+        assert answer.json()["error"]["message"] == "Method Not Allowed"
+
+
+def test_the_schema_names_the_statuses_that_are_answered(client: httpx.Client) -> None:
+    statuses = {"200", "400", "401", "404", "408", "413", "429", "500"}
+    assert client.get("/openapi.json").json()["paths"][DRAW]["post"]["responses"].keys() == statuses
 
 
 @pytest.mark.parametrize("options", [["--port", "0"], ["--queue", "0"], ["--api-key-file", "empty"]])

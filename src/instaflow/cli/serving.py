@@ -69,7 +69,8 @@ def serve(
 
     from instaflow.generate import InstaFlow
     from instaflow.runtime.loading import engine_for
-    from instaflow.serve.app import Limits, create_app, find_controls, read_key
+    from instaflow.serve.app import create_app, find_controls, read_key
+    from instaflow.serve.orders import Limits
 
     key = read_key(api_key_file) if api_key_file else None
     nets = find_controls(model, controls)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from instaflow.generate import InstaFlow
-from instaflow.serve.app import Limits, create_app, find_controls, read_key
+from instaflow.serve.app import create_app, find_controls, read_key
+from instaflow.serve.orders import Limits
 
 ENOUGH = 8  # requests at hand in a replica from which on another one is started
 

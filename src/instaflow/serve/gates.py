@@ -1,12 +1,34 @@
-"""No request is larger than it may be: an ASGI layer that reads a body before anything parses it."""
+"""ASGI layers before the application: who has no key is not read, and no body is larger than it may be."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class KeyGate:
+    """Answers 401 under /v1/ to who does not send the key, before anything else of the request is looked at."""
+
+    def __init__(self, app: ASGIApp, key: str, refuse: Callable[[int, str], Response]) -> None:
+        """Around `app`; `refuse` makes an answer of a status and what is said."""
+        self.app, self.key, self.refuse = app, key.encode(), refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Compare, in constant time, and pass on."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+            sent = sent.strip() if scheme.lower() == "bearer" else ""
+            if not hmac.compare_digest(sent.encode(), self.key):
+                answer = self.refuse(401, "a valid API key is needed")
+                answer.headers["WWW-Authenticate"] = "Bearer"
+                await answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:
