@@ -23,7 +23,8 @@ from instaflow.models.hub import find_control
 from instaflow.models.networks import build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Data, Evaluate, Pairs, Personalise, Recipe, Teacher, Train, inputs, load_recipe
-from instaflow.training.run import LORA, Run
+from instaflow.training.run import Run
+from instaflow.training.stages import LORA
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"

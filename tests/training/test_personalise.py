@@ -23,7 +23,8 @@ from instaflow.models.lora import drop_lora, load_lora
 from instaflow.models.sampling import noise, sample
 from instaflow.recipe import Personalise, Recipe, Train, dump_recipe
 from instaflow.training.personalise import add_lora, personalise_stage, picture_pairs, prior_prompts, read_subject
-from instaflow.training.run import LORA, Run
+from instaflow.training.run import Run
+from instaflow.training.stages import LORA
 from instaflow.training.trainer import Draw
 
 TRAIN = Train(steps=4, batch_size=4, lr=1e-2, lr_warmup_steps=0, precision="no", checkpoint_minutes=1e-9)

@@ -71,7 +71,8 @@ def personalise(
     from instaflow.models.hub import locate
     from instaflow.recipe import Personalise, Recipe, Train
     from instaflow.training.personalise import read_subject
-    from instaflow.training.run import LORA, Run
+    from instaflow.training.run import Run
+    from instaflow.training.stages import LORA
 
     source = str(locate(DEFAULT if model is None else model).resolve())
     train = Train(steps=steps, batch_size=16, lr=1e-3, lr_warmup_steps=10, ema=0.99)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,42 +21,14 @@ from rich.console import Console
 
 from instaflow import __version__
 from instaflow.data.emoji import make_emoji
-from instaflow.data.pairs import MANIFEST, open_pairs, read_manifest, shard_path
-from instaflow.data.pictures import Picture, content_hash, read_pictures
-from instaflow.data.prompts import read_prompts
+from instaflow.data.pairs import MANIFEST, read_manifest, shard_path
+from instaflow.data.pictures import Picture, read_pictures
 from instaflow.errors import DataError, RecipeError
-from instaflow.models.bundle import Bundle, load_autoencoder, publish, save_network
-from instaflow.models.card import Card, ControlCard, bundle_hash
-from instaflow.models.control import save_control
+from instaflow.models.bundle import Bundle
 from instaflow.models.hub import locate
-from instaflow.models.networks import build_scheduler, build_unet, load_minilm
-from instaflow.models.stacked import StackedUNet
-from instaflow.recipe import (
-    Autoencoder,
-    Control,
-    Decoder,
-    Distil,
-    Evaluate,
-    Pairs,
-    Personalise,
-    Recipe,
-    Reflow,
-    Stage,
-    Teacher,
-    dump_recipe,
-    kind,
-    load_recipe,
-)
-from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
-from instaflow.training.control import control_stage
-from instaflow.training.decoder import decoder_stage
-from instaflow.training.distil import distil_stage
-from instaflow.training.pairs import draw_pairs, draw_prompts, drop_prompts
-from instaflow.training.reflow import reflow_stage
-from instaflow.training.teacher import prompt_preview, teacher_stage
-from instaflow.training.trainer import train
+from instaflow.recipe import Evaluate, Pairs, Recipe, Stage, dump_recipe, kind, load_recipe
+from instaflow.training.stages import carry_out
 
-LORA = "lora.safetensors"  # what a personalise stage makes, beside a bundle with it fused
 Evaluator = Callable[["Run", Evaluate], None]
 
 
@@ -202,7 +173,7 @@ class Run:
             if isinstance(stage, Evaluate):
                 evaluate(self, stage)
             else:
-                self.carry_out(stage)
+                carry_out(self, stage)
             self.processes.wait_for_everyone()
 
     @contextmanager
@@ -252,189 +223,6 @@ class Run:
                     f"stage {stage.name!r} was begun with other settings in {self.folder}; "
                     "give the recipe or the stage another name, or remove that folder"
                 )
-
-    def carry_out(self, stage: Stage) -> None:
-        """Run one stage to its end."""
-        folder = self.folder / stage.name
-        match stage:
-            case Autoencoder():
-                self._autoencoder(stage, folder)
-            case Teacher():
-                self._teacher(stage, folder)
-            case Pairs():
-                bundle, teacher = self.bundle(stage.model), bundle_hash(self.output(stage.model))
-                if stage.prompts:
-                    prompts = read_prompts(stage.prompts, stage.count)
-                else:
-                    pictures = self.in_styles(bundle.card.styles)
-                    prompts = draw_prompts(pictures, stage.count, stage.mixtures, stage.seed)
-                prompts = drop_prompts(prompts, stage.empty_prompts, stage.seed)
-                draw_pairs(stage, bundle, prompts, self.output(stage.name), teacher=teacher, workers=self.workers)
-            case Decoder():
-                self._decoder(stage, folder)
-            case Control():
-                self._control(stage, folder)
-            case Reflow():
-                self._reflow(stage, folder)
-            case Distil():
-                self._distil(stage, folder)
-            case Personalise():
-                self._personalise(stage, folder)
-
-    def _autoencoder(self, stage: Autoencoder, folder: Path) -> None:
-        size = self.recipe.data.size
-        vae = load_autoencoder(self.output(stage.model), self.device) if stage.model else None
-        built = autoencoder_stage(stage, self.training_pictures, size, vae=vae, device=self.device)
-        network = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        vae = network.vae if stage.model else finish(network, self.training_pictures, size)
-        if self.processes.is_main_process:
-            part = folder / "bundle.tmp"
-            save_network(vae, part / "vae")
-            publish(part, self.output(stage.name))
-
-    def _decoder(self, stage: Decoder, folder: Path) -> None:
-        bundle, pairs = self.bundle(stage.model), open_pairs(self.output(stage.pairs))
-        self._check_shape(stage, bundle)
-        network: Any = train(
-            decoder_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name
-        )
-        if self.processes.is_main_process:
-            part = folder / "bundle.tmp"
-            save_network(network.vae, part / "vae")
-            publish(part, self.output(stage.name))
-
-    def _control(self, stage: Control, folder: Path) -> None:
-        bundle, source = self.bundle(stage.model), self.output(stage.model)
-        if bundle.card.kind != "one-step":
-            raise RecipeError(
-                f"{stage.name}: {stage.model} is a {bundle.card.kind} model; control wants a one-step one"
-            )
-        if bundle.card.image_size != self.recipe.data.size:
-            raise DataError(f"the data's pictures are {self.recipe.data.size} px, the model's {bundle.card.image_size}")
-        pictures = self.training_pictures  # of any hand: more shapes to follow
-        latents = encode_all(bundle.vae, pictures, self.recipe.data.size)
-        torch.manual_seed(self.recipe.seed)  # the layers that read the picture start at random
-        base = bundle_hash(source)
-        built = control_stage(stage, bundle, pictures, latents, base)
-        network: Any = train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        if self.processes.is_main_process:
-            card = ControlCard(
-                kind=stage.control,
-                base=bundle.card.name,
-                base_hash=base,
-                lineage=self.lineage(stage, parent=base, data=content_hash(pictures)),
-            )
-            save_control(network.control, card, self.output(stage.name))
-
-    def _check_shape(self, stage: Reflow | Distil | Decoder, bundle: Bundle) -> None:
-        shape = read_manifest(self.output(stage.pairs)).shape
-        if shape != bundle.latent_shape():
-            raise DataError(f"{stage.pairs} has latents {shape}, the model {bundle.latent_shape()}")
-
-    def _teacher(self, stage: Teacher, folder: Path) -> None:
-        size, pictures = self.recipe.data.size, self.in_styles(stage.styles)
-        source = self.output(stage.autoencoder)
-        vae = load_autoencoder(source, self.device)
-        latents = encode_all(vae, pictures, size)
-        encoder, tokenizer = load_minilm()
-        torch.manual_seed(self.recipe.seed)
-        if stage.model:
-            unet = self.bundle(stage.model).unet.requires_grad_(True)
-        else:
-            unet = build_unet(
-                stage,
-                latent_channels=latents.shape[1],
-                latent_size=latents.shape[2],
-                text_width=encoder.config.hidden_size,
-            )
-        card = Card(
-            name=f"{self.recipe.name}-{stage.name}",
-            kind="teacher",
-            prediction=stage.prediction,
-            image_size=size,
-            guidance=stage.guidance,
-            styles=tuple(sorted({p.style for p in pictures} - {""})),
-            licence=", ".join(sorted({p.licence for p in pictures} - {""})) or "unknown",
-            lineage=self.lineage(stage, autoencoder=bundle_hash(source), data=content_hash(pictures)),
-        )
-        bundle = Bundle(
-            unet=unet,
-            vae=vae,
-            text_encoder=encoder.to(self.device),
-            tokenizer=tokenizer,
-            scheduler=build_scheduler(stage.prediction),
-            card=card,
-        )
-        built = teacher_stage(stage, bundle, pictures, latents)
-        train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        if self.processes.is_main_process:
-            bundle.save(self.output(stage.name))
-
-    def _reflow(self, stage: Reflow, folder: Path) -> None:
-        bundle = self.bundle(stage.model)
-        raw = stage.init == "raw"
-        bundle = bundle.with_card(
-            name=f"{self.recipe.name}-{stage.name}",
-            kind="rectified",
-            prediction="velocity" if raw else bundle.card.prediction,
-            guidance=stage.guidance,
-            max_guidance=2.0,
-            lineage=self._descent(stage),
-            results={},
-        )
-        self._train_on_pairs(stage, bundle, folder)
-
-    def _distil(self, stage: Distil, folder: Path) -> None:
-        bundle = self.bundle(stage.model).with_card(
-            name=f"{self.recipe.name}-{stage.name}",
-            kind="one-step",
-            steps=1,
-            guidance=1.0,
-            max_guidance=1.0,
-            lineage=self._descent(stage),
-            results={},
-        )
-        self._train_on_pairs(stage, bundle, folder)
-
-    def _personalise(self, stage: Personalise, folder: Path) -> None:
-        from instaflow.models.lora import drop_lora, fuse_lora, save_lora  # peft, which no other stage needs
-        from instaflow.training.personalise import add_lora, personal_pairs, personalise_stage, read_subject
-
-        bundle, model = self.bundle(stage.model), bundle_hash(self.output(stage.model))
-        pictures = read_subject(stage.pictures, stage.subject, bundle.card.image_size)
-        teacher = (self.bundle(stage.teacher), bundle_hash(self.output(stage.teacher))) if stage.teacher else None
-        with self.processes.main_process_first():
-            pairs = personal_pairs(stage, bundle, pictures, folder, model=model, teacher=teacher)
-        bundle = bundle.with_card(
-            name=f"{self.recipe.name}-{stage.name}",
-            lineage=self.lineage(stage, parent=model, pictures=content_hash(pictures)),
-            results={},
-        )
-        add_lora(bundle, stage.rank, self.recipe.seed)
-        train(personalise_stage(stage, bundle, pairs), stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        if self.processes.is_main_process:
-            save_lora(bundle, folder / LORA)
-            fuse_lora(bundle)
-            drop_lora(bundle)
-            bundle.save(self.output(stage.name))
-
-    def _descent(self, stage: Reflow | Distil) -> dict[str, Any]:
-        manifest = msgspec.to_builtins(read_manifest(self.output(stage.pairs)))
-        return self.lineage(stage, parent=bundle_hash(self.output(stage.model)), pairs=manifest)
-
-    def _train_on_pairs(self, stage: Reflow | Distil, bundle: Bundle, folder: Path) -> None:
-        self._check_shape(stage, bundle)
-        pairs = open_pairs(self.output(stage.pairs))
-        if stage.stack:
-            if isinstance(bundle.unet, StackedUNet):
-                raise RecipeError(f"{stage.name}: {stage.model} is a stack of two already; leave stack out")
-            bundle = replace(bundle, unet=StackedUNet.of(bundle.unet, stage.stack))
-        bundle.unet.requires_grad_(True)
-        built = reflow_stage(stage, bundle, pairs) if isinstance(stage, Reflow) else distil_stage(stage, bundle, pairs)
-        built = replace(built, preview=prompt_preview(bundle, pairs.load(0).prompts, steps=1))
-        train(built, stage.train, folder, seed=self.recipe.seed, name=stage.name)
-        if self.processes.is_main_process:
-            bundle.save(self.output(stage.name))
 
 
 def _remote(url: str) -> Any:
