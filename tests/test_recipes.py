@@ -67,7 +67,7 @@ def test_the_published_recipes(
         raise BundleError(f"no model {name!r} here")
 
     monkeypatch.setattr("instaflow.models.perceptual.download", offline)
-    tiny_pipeline().save_pretrained(tmp_path / "sd")
+    tiny_pipeline(side=256).save_pretrained(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na red apple\na tree\n")
     run = carry_out(shrunk("sd15.toml", **{SD: "./sd", "prompts.parquet": "prompts.txt"}), tmp_path)
     cards = {s.name: read_card(run.output(s.name)) for s in run.recipe.stages if not isinstance(s, Pairs)}

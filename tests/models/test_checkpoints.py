@@ -41,11 +41,11 @@ VOCABULARY = 1000
 KINDS = ("Convolution", "MatMul")
 
 
-def tiny_pipeline() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.x with few channels, random weights."""
+def tiny_pipeline(side: int = 512) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x with few channels, random weights, for pictures of `side` pixels."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=64,
+        sample_size=side // 8,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -57,7 +57,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
-        sample_size=512,
+        sample_size=side,
     )
     text = CLIPTextModel(
         CLIPTextConfig(
