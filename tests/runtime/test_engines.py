@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from instaflow.errors import BundleError, PromptError
 from instaflow.generate import InstaFlow
@@ -23,7 +24,7 @@ from instaflow.models.request import LoRA
 from instaflow.noise import noise
 from instaflow.runtime import loading
 from instaflow.runtime.loading import export, load_engine
-from instaflow.runtime.openvino import FILLED, GRAPH, PARTS, OpenVINOEngine
+from instaflow.runtime.openvino import FILLED, GRAPH, PARTS, OpenVINOEngine, _join_upsampling
 from instaflow.runtime.pytorch import TorchEngine
 
 PROMPTS = ["a red apple", "cat face, noto", "a green tree and a house", "sun"]
@@ -70,6 +71,42 @@ def test_every_part_is_that_of_torch(folder: Path) -> None:
         latents = theirs.sample(x0, states, **ONE)
         np.testing.assert_allclose(ours.sample(x0, states.numpy(), **ONE), latents, atol=1e-4)
         np.testing.assert_allclose(ours.decode(latents), theirs.decode(latents), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mode", "kernel", "pad", "joined"),
+    [
+        ((2, 2), "nearest", 3, 1, True),
+        ((2, 2), "linear", 3, 1, False),
+        ((2, 3), "nearest", 3, 1, False),
+        ((2, 2), "nearest", 3, 0, False),
+        ((2, 2), "nearest", 1, 0, False),
+    ],
+)
+def test_upsampling_and_a_convolution_become_one(
+    scale: tuple[int, int], mode: str, kernel: int, pad: int, joined: bool
+) -> None:
+    from openvino import Core, Model, Type
+    from openvino import opset13 as ops
+
+    x = torch.randn(1, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(7, 5, kernel, kernel, generator=torch.Generator().manual_seed(1)).half()
+    given = ops.parameter([1, 5, 4, 6])
+    how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "axes": np.array([2, 3])}
+    larger = ops.interpolate(given, np.array(scale, np.float32), mode, "scales", [0] * 4, [0] * 4, **how)
+    half = ops.convert(ops.constant(weight.numpy(), Type.f16), "f32")
+    graph = Model([ops.convolution(larger, half, [1, 1], [pad, pad], [pad, pad], [1, 1])], [given])
+    plain = Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    _join_upsampling(graph, "f32")
+    assert ("Interpolate" not in [op.get_type_name() for op in graph.get_ops()]) == joined
+    found = Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    if mode == "nearest":
+        stretched = torch.nn.functional.interpolate(x, scale_factor=scale, mode=mode)
+        wanted = torch.nn.functional.conv2d(stretched, weight.float(), padding=pad)
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+    with_it = [op.get_type_name() for op in OpenVINOEngine(DEFAULT).read("unet", 1, 64).get_ops()]
+    assert "ConvolutionBackpropData" in with_it and "Interpolate" not in with_it
 
 
 def test_the_default_models_pictures_are_those_of_torch(

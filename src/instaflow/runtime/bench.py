@@ -317,7 +317,10 @@ def count_flops(graph: Any) -> float:
     total = 0.0
     for op in graph.get_ordered_ops():
         kind = op.get_type_name()
-        if kind not in ("MatMul", "Convolution", "GroupConvolution"):
+        if kind not in ("MatMul", "Convolution", "ConvolutionBackpropData", "GroupConvolution"):
+            continue
+        if kind == "ConvolutionBackpropData":  # each pixel that comes in meets the whole kernel
+            total += 2.0 * math.prod(op.get_input_shape(0)) * math.prod(op.get_input_shape(1)[1:])
             continue
         out, weight = op.get_output_shape(0), op.get_input_shape(1)
         if kind == "MatMul":

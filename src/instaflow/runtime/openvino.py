@@ -255,13 +255,14 @@ class OpenVINOEngine:
     def read(self, part: str, batch: int, size: int) -> Any:
         """The part as OpenVINO's model of so many rows of this size."""
         graph, side = self._core.read_model(graph_of(self.folder, part)), size // self._factor
-        (_widen if self.precision == "f32" else _keep_bf16)(graph)
         shapes = {}
         for port in graph.inputs:
             shape = port.partial_shape
             fixed = [int(n.get_length()) if n.is_static else side for n in shape]
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
+        _join_upsampling(graph, self.precision)
+        (_widen if self.precision == "f32" else _keep_bf16)(graph)
         return graph
 
 
@@ -285,13 +286,55 @@ def _unload_mapped(folder: Path) -> None:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
+def _join_upsampling(graph: Any, precision: str) -> None:
+    """Twice as large by nearest pixels, then a 3×3 convolution: one transposed convolution, 16 products for their 36.
+
+    Its 4×4 kernel, at stride 2, is the 3×3 one convolved with a 2×2 of ones: the same sum over fewer products.
+    """
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() != "Interpolate" or op.get_attributes()["mode"] != "nearest":
+            continue
+        x, users = op.input_value(0), [port.get_node() for port in op.output(0).get_target_inputs()]
+        doubled = [2 * side for side in list(x.get_shape())[2:]] == list(op.get_output_shape(0))[2:]
+        for user in users:
+            weight = _constant(user) if user.get_type_name() == "Convolution" else None
+            if not doubled or weight is None or list(weight.get_output_shape(0))[2:] != [3, 3]:
+                continue
+            how = user.get_attributes()
+            if [how[k] for k in ("strides", "dilations", "pads_begin", "pads_end")] != [[1, 1]] * 4:
+                continue
+            turned = weight.get_data(dtype=np.float32)[:, :, ::-1, ::-1].swapaxes(0, 1)
+            kernel = np.zeros((*turned.shape[:2], 4, 4), np.float32)
+            for down in (0, 1):
+                for right in (0, 1):
+                    kernel[:, :, down : down + 3, right : right + 3] += turned
+            joined: Any = ops.constant(kernel)
+            if precision == "bf16":
+                joined = ops.convert(ops.constant(kernel, Type.bf16), "f32")
+            product = ops.convolution_backprop_data(
+                x, joined, strides=[2, 2], pads_begin=[1, 1], pads_end=[1, 1], dilations=[1, 1]
+            )
+            user.output(0).replace(product.output(0))
+
+
+def _constant(product: Any) -> Any | None:
+    """The weights of a product, None where they are computed: of a quantised network."""
+    node = product.input_value(1).get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" and node.get_element_type().is_real() else None
+
+
 def _keep_bf16(graph: Any) -> None:
     """Products with weights that are bf16 on the disk, of those: else OpenVINO would keep them widened to fp32."""
     from openvino import opset13 as ops
 
     for op in graph.get_ordered_ops():
         kind = op.get_type_name()
-        if kind not in ("Convolution", "MatMul"):
+        if kind not in ("Convolution", "ConvolutionBackpropData", "MatMul"):
             continue
         weight, turned = op.input_value(1), False
         if weight.get_node().get_type_name() == "Transpose":  # of two axes
@@ -304,9 +347,12 @@ def _keep_bf16(graph: Any) -> None:
         x, how = ops.convert(op.input_value(0), "bf16"), op.get_attributes()
         if kind == "MatMul":
             product = ops.matmul(x, weight, how["transpose_a"], how["transpose_b"] != turned)
-        else:
-            sizes = (how[k] for k in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad"))
+        elif kind == "Convolution":
+            sizes = [how[k] for k in ("strides", "pads_begin", "pads_end", "dilations", "auto_pad")]
             product = ops.convolution(x, weight, *sizes)
+        else:
+            strides, *sizes = [how[k] for k in ("strides", "pads_begin", "pads_end", "dilations")]
+            product = ops.convolution_backprop_data(x, weight, strides, None, *sizes)
         op.output(0).replace(ops.convert(product, "f32").output(0))
 
 
