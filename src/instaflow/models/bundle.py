@@ -348,7 +348,7 @@ def library(network: Any) -> str:
 
 def save_network(network: Any, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """`save_pretrained` in this precision, leaving the network itself as it was."""
-    copied = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
+    copied = network if dtype == torch.float32 else nn.Module.to(copy.deepcopy(network), dtype)
     if isinstance(network, CLIPTextModel):  # transformers ≥ 5.6 dropped the prefix that every other reader expects
         state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in copied.state_dict().items()}
         copied.save_pretrained(folder, state_dict=state)

@@ -261,7 +261,8 @@ class OpenVINOEngine:
             fixed = [int(n.get_length()) if n.is_static else side for n in shape]
             shapes[port] = [batch, *fixed[1:]]
         graph.reshape(shapes)
-        _join_upsampling(graph, self.precision)
+        if self.card.image_size > SMALL:  # small ones wait for weights, not for products
+            _join_upsampling(graph, self.precision)
         (_widen if self.precision == "f32" else _keep_bf16)(graph)
         return graph
 
