@@ -309,7 +309,9 @@ def test_sigterm_answers_what_was_asked_and_exits_0() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "instaflow", "serve", "--port", str(port)])
+    words = [sys.executable, "-m", "instaflow", "serve", "--port", str(port)]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             for _ in range(600):
@@ -325,5 +327,6 @@ def test_sigterm_answers_what_was_asked_and_exits_0() -> None:
                 server.send_signal(signal.SIGTERM)
                 assert [a.result().status_code for a in asked] == [200] * 3
         assert server.wait(60) == 0
+        assert f" at http://127.0.0.1:{port}  openvino " in server.stdout.read()
     finally:
         server.kill()

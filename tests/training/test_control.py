@@ -121,7 +121,7 @@ def picture_image() -> Image.Image:
 def test_only_the_control_learns(one_step: Bundle, pictures: list[Picture], tmp_path: Path) -> None:
     bundle = Bundle(**{**vars(one_step), "unet": copy.deepcopy(one_step.unet)})
     before = {k: v.clone() for k, v in bundle.unet.state_dict().items()}
-    stage = control_stage(SPEC, bundle, pictures, latents(bundle, pictures))
+    stage = control_stage(SPEC, bundle, build_control(bundle), pictures, latents(bundle, pictures))
     first = stage.loss(stage.network, stage.batch(Draw(0, 0)))
     first.backward()
     assert all(p.grad is None for p in bundle.unet.parameters())
@@ -138,7 +138,7 @@ def test_resumed_is_unbroken(
     def carry_out(folder: Path) -> dict[str, torch.Tensor]:
         bundle = Bundle(**{**vars(one_step), "unet": copy.deepcopy(one_step.unet)})
         torch.manual_seed(0)
-        stage = control_stage(SPEC, bundle, pictures, latents(bundle, pictures))
+        stage = control_stage(SPEC, bundle, build_control(bundle), pictures, latents(bundle, pictures))
         return train(stage, spec, folder, seed=0, name="edges").control.state_dict()  # type: ignore[union-attr]
 
     spec = msgspec.structs.replace(SPEC.train, checkpoint_minutes=1e-9)
@@ -160,7 +160,7 @@ def test_resumed_is_unbroken(
 
 
 def test_the_loss_is_distillations_at_zero(one_step: Bundle, pictures: list[Picture]) -> None:
-    stage = control_stage(SPEC, one_step, pictures, latents(one_step, pictures))
+    stage = control_stage(SPEC, one_step, build_control(one_step), pictures, latents(one_step, pictures))
     batch = stage.batch(Draw(0, 0))
     with torch.no_grad():
         out = one_step.unet(batch["x0"], torch.full((4,), 1000.0), batch["states"]).sample
@@ -211,6 +211,20 @@ def test_a_teacher_has_no_control_stage(tiny: Bundle, tmp_path: Path) -> None:
     recipe = Recipe(name="r", data=Data(size=32), stages=(msgspec.structs.replace(SPEC, model=str(folder)),))
     with pytest.raises(RecipeError, match="is a teacher model; control wants a one-step one"):
         Run(recipe, tmp_path / "runs", cache=tmp_path / "data").run(lambda *_: None)
+
+
+def test_a_control_to_start_from_is_looked_for_first(one_step: Bundle, tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(SPEC, model=str(one_step.save(tmp_path / "model")))
+    card = ControlCard(kind="edges", base="another", base_hash="1234")
+    save_control(build_control(one_step), card, tmp_path / "foreign")
+    for init, line in (
+        ("nothing", "no control nothing: it takes a name"),
+        (tmp_path / "foreign", "for 'another' of hash"),
+    ):
+        begun = msgspec.structs.replace(spec, init=str(init))
+        recipe = Recipe(name="r", data=Data(source="nowhere", size=32), stages=(begun,))
+        with pytest.raises(BundleError, match=line):
+            Run(recipe, tmp_path / "runs", cache=tmp_path / "data").run(lambda *_: None)
 
 
 def test_control_pictures() -> None:

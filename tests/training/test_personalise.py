@@ -166,6 +166,19 @@ def test_mistakes_are_said_and_nothing_is_written(
     assert not out.parent.exists() and not (tmp_path / "runs").exists()
 
 
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain").write_text("a file")
+    out = tmp_path / "plain" / "my.safetensors"
+    words = ["--subject", "sks cat", "--out", str(out), "--model", str(model), "--root", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["instaflow", "personalise", str(pictures), *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and "Not a directory" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_verb_writes_a_file_that_generate_takes(
     model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

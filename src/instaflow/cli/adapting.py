@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from msgspec.structs import replace
 
-from instaflow.cli.app import Root, app, check_free, hush
+from instaflow.cli.app import Root, app, check_free, check_writable, hush
 from instaflow.errors import DataError
 
 
@@ -91,6 +91,7 @@ def personalise(
     # other pictures under the same name are another run
     content = content_hash(learnt) + repr(stages)
     recipe = Recipe(name=f"{out.stem}-{sha256(content.encode()).hexdigest()[:8]}", stages=stages)
+    check_writable(out)
     run = Run(recipe, root, cache=Path("data"))
     run.run(lambda *_: None)
     part = out.with_name(f"{out.name}.tmp")

@@ -63,6 +63,17 @@ def hush() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def check_writable(out: Path) -> None:
+    """Raise DataError where a file cannot be written, before the work that it is to hold; nothing is left there."""
+    part = out.with_name(f"{out.name}.tmp")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise DataError(f"--out {out}: {error.strerror}") from error
+
+
 def check_free(out: Path) -> None:
     """Raise DataError where something lies already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

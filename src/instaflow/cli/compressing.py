@@ -166,7 +166,7 @@ def _print_named(whole: Bundle, pruned: Bundle) -> None:
 def quantise(
     model: str,
     *,
-    scheme: str,
+    scheme: Literal["int8", "w8", "w4"],
     out: Out,
     prompts: str | None = None,
     threshold: float | None = None,

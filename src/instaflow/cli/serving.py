@@ -87,5 +87,7 @@ def serve(
         flow.engine.prepare(1, flow.engine.card.image_size)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
+    where = f"[{host}]" if ":" in host else host
+    print(f"{flow.engine.card.name} at http://{where}:{port}  {flow.engine.name}; Ctrl-C stops it", flush=True)
     config = uvicorn.Config(served, log_level="warning", timeout_graceful_shutdown=60)
     uvicorn.Server(config).run(sockets=[listening])

@@ -55,7 +55,9 @@ def read_key(file: Path) -> str:
     Raises:
         DataError: there is none.
     """
-    key = file.read_bytes().strip() if file.is_file() else b""
+    if not file.is_file():
+        raise DataError(f"--api-key-file {file}: no such file")
+    key = file.read_bytes().strip()
     if not key or not key.isascii():
         raise DataError(f"--api-key-file {file} is not allowed; it holds one key, in ASCII")
     return key.decode()
@@ -151,7 +153,7 @@ def create_app(
     _refusing(app, service, api_key)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 

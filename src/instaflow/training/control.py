@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from instaflow.data.controls import control_picture
 from instaflow.data.pictures import Picture
 from instaflow.images import save_grid
 from instaflow.models.bundle import Bundle
-from instaflow.models.control import ControlledUNet, build_control, load_control
-from instaflow.models.hub import find_control
+from instaflow.models.control import ControlledUNet
 from instaflow.models.sampling import one_step
 from instaflow.recipe import Control
 from instaflow.training.batches import TextCache
@@ -28,16 +28,16 @@ from instaflow.training.trainer import Batch, Draw, Stage
 
 
 def control_stage(
-    spec: Control, bundle: Bundle, pictures: Sequence[Picture], latents: Tensor, base_hash: str = ""
+    spec: Control, bundle: Bundle, branch: ControlNetModel, pictures: Sequence[Picture], latents: Tensor
 ) -> Stage:
     """The control's batches and loss.
 
     Args:
         spec: the stage's recipe.
         bundle: the one-step model; it is not trained.
+        branch: the ControlNet that is.
         pictures: captioned pictures.
         latents: theirs, (N, C, h, w).
-        base_hash: of the model, which a control that it starts from was trained for.
     """
     encode, size, count = TextCache(bundle.encode), bundle.card.image_size, spec.train.batch_size
     fixed = None if spec.control == "inpaint" else [control_picture(spec.control, p.pixels(size)) for p in pictures]
@@ -77,8 +77,4 @@ def control_stage(
         seen = (255 * few["control"]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         save_grid(np.concatenate([seen, bundle.decode(out)]), path, columns=len(seen))
 
-    if spec.init:
-        branch = load_control(find_control(spec.init), bundle, base_hash).requires_grad_(True)
-    else:
-        branch = build_control(bundle, middle_attention=spec.middle_attention)
     return Stage(network=ControlledUNet(bundle.unet, branch), batch=batch, loss=loss, preview=preview)

@@ -15,7 +15,8 @@ from instaflow.data.prompts import read_prompts
 from instaflow.errors import DataError, RecipeError
 from instaflow.models.bundle import Bundle, load_autoencoder, publish, save_network
 from instaflow.models.card import Card, ControlCard, bundle_hash
-from instaflow.models.control import save_control
+from instaflow.models.control import build_control, load_control, save_control
+from instaflow.models.hub import find_control
 from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Autoencoder, Control, Decoder, Distil, Pairs, Personalise, Reflow, Stage, Teacher
@@ -96,11 +97,15 @@ def _control(run: Run, stage: Control, folder: Path) -> None:
         raise RecipeError(f"{stage.name}: {stage.model} is a {bundle.card.kind} model; control wants a one-step one")
     if bundle.card.image_size != run.recipe.data.size:
         raise DataError(f"the data's pictures are {run.recipe.data.size} px, the model's {bundle.card.image_size}")
+    base = bundle_hash(source)
+    torch.manual_seed(run.recipe.seed)  # the layers that read the picture start at random
+    if stage.init:
+        branch = load_control(find_control(stage.init), bundle, base).requires_grad_(True)
+    else:
+        branch = build_control(bundle, middle_attention=stage.middle_attention)
     pictures = run.training_pictures  # of any hand: more shapes to follow
     latents = encode_all(bundle.vae, pictures, run.recipe.data.size)
-    torch.manual_seed(run.recipe.seed)  # the layers that read the picture start at random
-    base = bundle_hash(source)
-    built = control_stage(stage, bundle, pictures, latents, base)
+    built = control_stage(stage, bundle, branch, pictures, latents)
     network: Any = train(built, stage.train, folder, seed=run.recipe.seed, name=stage.name)
     if run.processes.is_main_process:
         card = ControlCard(
