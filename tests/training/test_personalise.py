@@ -175,7 +175,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     monkeypatch.setattr("sys.argv", ["instaflow", "personalise", str(pictures), *words])
     with pytest.raises(SystemExit) as left:
         main()
-    assert left.value.code == 2 and "Not a directory" in capsys.readouterr().err
+    assert left.value.code == 2 and f"cannot be written: {tmp_path}/plain" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -71,7 +71,7 @@ def check_writable(out: Path) -> None:
         part.touch()
         part.unlink()
     except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}") from error
+        raise DataError(f"--out {out} cannot be written: {error.filename}: {error.strerror}") from error
 
 
 def check_free(out: Path) -> None:
