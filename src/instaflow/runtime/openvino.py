@@ -296,7 +296,10 @@ def _join_upsampling(graph: Any, precision: str) -> None:
     from openvino import opset13 as ops
 
     for op in graph.get_ordered_ops():
-        if op.get_type_name() != "Interpolate" or op.get_attributes()["mode"] != "nearest":
+        if op.get_type_name() != "Interpolate":
+            continue
+        which = [op.get_attributes()[k] for k in ("mode", "coordinate_transformation_mode", "nearest_mode")]
+        if which != ["nearest", "asymmetric", "floor"]:  # others take another pixel
             continue
         x, users = op.input_value(0), [port.get_node() for port in op.output(0).get_target_inputs()]
         doubled = [2 * side for side in list(x.get_shape())[2:]] == list(op.get_output_shape(0))[2:]
