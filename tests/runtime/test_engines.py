@@ -169,7 +169,6 @@ def test_compiled_it_draws_the_same(folder: Path, tiny: Bundle, monkeypatch: pyt
         load_engine(folder, engine="openvino", compiled=True)
     with pytest.raises(BundleError, match="compiling is for a model of one step, and 'tiny' is teacher"):
         TorchEngine.of(tiny, compiled=True)
-    monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
     with pytest.raises(BundleError, match=r"cannot compile 'tiny-one-step'.*it draws uncompiled too"):
         InstaFlow(compiled).generate("sun", size=64)

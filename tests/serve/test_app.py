@@ -21,6 +21,8 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from PIL import Image
 from test_images import forged
 
@@ -28,6 +30,7 @@ from instaflow.generate import InstaFlow
 from instaflow.models.hub import CONTROLS
 from instaflow.models.request import Blend, Control, read_image
 from instaflow.noise import Walk
+from instaflow.serve.app import create_app
 from instaflow.serve.orders import Limits
 
 DRAW = "/v1/images/generations"
@@ -275,6 +278,16 @@ def test_a_key_is_asked_for(serving: Serving, flow: InstaFlow) -> None:
         assert client.post(DRAW, content=b"no JSON").status_code == 401
         assert client.post(DRAW, content=b" " * 2_000_000).headers["WWW-Authenticate"] == "Bearer"
         assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("prefix", ["/pictures", "/v1"])
+def test_a_key_is_asked_for_behind_a_prefix(flow: InstaFlow, prefix: str) -> None:
+    whole = FastAPI()
+    whole.mount(prefix, create_app(flow, api_key="k"))
+    client = TestClient(whole)
+    assert client.get(f"{prefix}/v1/models").status_code == 401
+    assert client.get(f"{prefix}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
+    assert client.get(f"{prefix}/healthz").status_code == 200
 
 
 def test_the_page_names_no_other_host(client: httpx.Client) -> None:

@@ -511,7 +511,7 @@ def main(folder: Path, killed: int, rank: int, where: str, changes: dict) -> Non
         network = train(unet_stage(folder / "unet", where), spec, folder, seed=0, name="u")
         if os.environ["RANK"] == "0":
             torch.save(network.state_dict(), folder / "two.pt")
-        return PartialState().destroy_process_group()
+        return
     mine, real = int(os.environ.get("RANK", 0)) == rank, torch.save
 
     def kill(step: int) -> None:
@@ -528,8 +528,8 @@ def main(folder: Path, killed: int, rank: int, where: str, changes: dict) -> Non
     if mine and where == "checkpoint":
         torch.save = half
     run(folder, linear_stage(kill), checkpoint_minutes=ALWAYS, **changes)
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))
+    PartialState().destroy_process_group()

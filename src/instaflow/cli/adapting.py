@@ -95,7 +95,6 @@ def personalise(
     run = Run(recipe, root, cache=Path("data"))
     run.run(lambda *_: None)
     part = out.with_name(f"{out.name}.tmp")
-    part.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run.folder / "personalise" / LORA, part)
     part.replace(out)
     print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")

@@ -64,7 +64,7 @@ def hush() -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raise DataError where a file cannot be written, before the work that it is to hold; nothing is left there."""
+    """Raise DataError where a file cannot be written, before the work that it is to hold; its folder is made."""
     part = out.with_name(f"{out.name}.tmp")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,8 @@ from instaflow.cli.app import Compiled, Device, Engine, Precision, Whole, app, h
 from instaflow.errors import DataError, PromptError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from instaflow.generate import Drawing, InstaFlow
 
 SAVING = 2  # pictures written at a time
@@ -167,6 +168,8 @@ def _load(model: str | None, **options: Any) -> InstaFlow:
 
 def _saved(drawings: Iterable[Drawing], paths: list[Path]) -> Iterator[tuple[Path, Drawing]]:
     """Each drawing once it is on the disk; PNGs are packed while the next are drawn."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(SAVING) as pool:
         begun: deque[tuple[Future[Path], Drawing]] = deque()
         for drawing, path in zip(drawings, paths, strict=True):

@@ -83,8 +83,7 @@ def serve(
         raise DataError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     options: dict[str, Any] = {"device": device, "engine": engine, "precision": precision, "compiled": compiled}
     flow = InstaFlow.load(model, lora=files, safety=safety, **options)
-    if compiled:
-        flow.engine.prepare(1, flow.engine.card.image_size)
+    flow.engine.prepare(1, flow.engine.card.image_size)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains on it and then raises it again
     served = create_app(flow, controls=nets, limits=Limits(queue=queue), api_key=key)
     where = f"[{host}]" if ":" in host else host

@@ -59,6 +59,7 @@ def bench(
         raise BundleError(f"unknown peer {strange[0]!r}; allowed: {', '.join(PEERS)}")
     size = engine.card.image_size
     shape = engine.latent_shape(size)
+    engine.prepare(1, size)
     states = engine.encode([PROMPT])
     latents = _step(engine, noise([0], shape), states)
     parts: dict[str, Draw] = {

@@ -103,9 +103,9 @@ class TorchEngine:
         return self.bundle.latent_shape(size)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Token states (B, L, D)."""
+        """Token states (B, L, D), a copy: what a graph gives is written over when it runs again."""
         with self._autocast():
-            return self.bundle.encode(prompts)
+            return self.bundle.encode(prompts).clone()
 
     def _autocast(self) -> torch.autocast:
         """For networks in half precision: noise, times and sums stay in fp32."""

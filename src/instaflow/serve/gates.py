@@ -20,7 +20,8 @@ class KeyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Compare, in constant time, and pass on."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        # as routes are found: behind a prefix of a balancer or another application the path begins with that
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
             sent = sent.strip() if scheme.lower() == "bearer" else ""
             if not hmac.compare_digest(sent.encode(), self.key):
