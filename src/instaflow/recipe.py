@@ -251,11 +251,13 @@ class Personalise(Spec, frozen=True, kw_only=True, tag="personalise", tag_field=
 
 
 class Control(Spec, frozen=True, kw_only=True, tag="control", tag_field="kind"):
-    """A ControlNet for a one-step model, learnt on the data's pictures; the model stays what it is."""
+    """A ControlNet for a one-step model, learnt on pictures; the model stays what it is."""
 
     name: Name
     model: str
     """The one-step model that it controls."""
+    pairs: str = ""
+    """Pairs whose pictures it learns, each beside its own noise; '' takes the data's pictures, beside any noise."""
     control: ControlKind = "edges"
     """What its pictures show of a drawing."""
     init: str = ""
@@ -331,8 +333,10 @@ def inputs(stage: Stage) -> tuple[str, ...]:
             return (stage.model,) if stage.model else ()
         case Teacher():
             return (stage.autoencoder, stage.model) if stage.model else (stage.autoencoder,)
-        case Pairs() | Control():
+        case Pairs():
             return (stage.model,)
+        case Control():
+            return (stage.model, stage.pairs) if stage.pairs else (stage.model,)
         case Reflow() | Distil() | Decoder():
             return (stage.model, stage.pairs)
         case Personalise():

@@ -14,6 +14,7 @@ from PIL import Image
 
 import instaflow.training.trainer as trainer
 from instaflow.data.controls import control_picture
+from instaflow.data.pairs import PairReader, PairSet
 from instaflow.data.pictures import Picture
 from instaflow.errors import BundleError, PromptError, RecipeError
 from instaflow.generate import InstaFlow
@@ -26,7 +27,7 @@ from instaflow.models.sampling import integrate, noise
 from instaflow.recipe import Control as Spec
 from instaflow.recipe import Data, Recipe, Train
 from instaflow.runtime.pytorch import TorchEngine
-from instaflow.training.control import control_stage
+from instaflow.training.control import Source, control_stage, from_pairs, from_pictures
 from instaflow.training.run import Run
 from instaflow.training.trainer import Draw, train
 
@@ -48,9 +49,15 @@ def pictures() -> list[Picture]:
     return [picture(i) for i in range(6)]
 
 
-def latents(bundle: Bundle, pictures: list[Picture]) -> torch.Tensor:
+def source(bundle: Bundle, pictures: list[Picture]) -> Source:
     with torch.no_grad():
-        return encode_pictures(bundle.vae, to_tensor(np.stack([p.pixels(32) for p in pictures])))
+        latents = encode_pictures(bundle.vae, to_tensor(np.stack([p.pixels(32) for p in pictures])))
+    return from_pictures(pictures, latents, 32)
+
+
+def drawn_pairs(bundle: Bundle, count: int = 6) -> PairSet:
+    x1 = 0.3 * torch.randn(count, *bundle.latent_shape(), generator=torch.Generator().manual_seed(1))
+    return PairSet(prompts=[f"square {i}" for i in range(count)], seeds=list(range(9, 9 + count)), x1=x1.half())
 
 
 def trained(bundle: Bundle, seed: int = 3) -> object:
@@ -121,7 +128,7 @@ def picture_image() -> Image.Image:
 def test_only_the_control_learns(one_step: Bundle, pictures: list[Picture], tmp_path: Path) -> None:
     bundle = Bundle(**{**vars(one_step), "unet": copy.deepcopy(one_step.unet)})
     before = {k: v.clone() for k, v in bundle.unet.state_dict().items()}
-    stage = control_stage(SPEC, bundle, build_control(bundle), pictures, latents(bundle, pictures))
+    stage = control_stage(SPEC, bundle, build_control(bundle), source(bundle, pictures))
     first = stage.loss(stage.network, stage.batch(Draw(0, 0)))
     first.backward()
     assert all(p.grad is None for p in bundle.unet.parameters())
@@ -138,7 +145,7 @@ def test_resumed_is_unbroken(
     def carry_out(folder: Path) -> dict[str, torch.Tensor]:
         bundle = Bundle(**{**vars(one_step), "unet": copy.deepcopy(one_step.unet)})
         torch.manual_seed(0)
-        stage = control_stage(SPEC, bundle, build_control(bundle), pictures, latents(bundle, pictures))
+        stage = control_stage(SPEC, bundle, build_control(bundle), source(bundle, pictures))
         return train(stage, spec, folder, seed=0, name="edges").control.state_dict()  # type: ignore[union-attr]
 
     spec = msgspec.structs.replace(SPEC.train, checkpoint_minutes=1e-9)
@@ -160,12 +167,44 @@ def test_resumed_is_unbroken(
 
 
 def test_the_loss_is_distillations_at_zero(one_step: Bundle, pictures: list[Picture]) -> None:
-    stage = control_stage(SPEC, one_step, build_control(one_step), pictures, latents(one_step, pictures))
+    stage = control_stage(SPEC, one_step, build_control(one_step), source(one_step, pictures))
     batch = stage.batch(Draw(0, 0))
     with torch.no_grad():
         out = one_step.unet(batch["x0"], torch.full((4,), 1000.0), batch["states"]).sample
         wanted = (batch["x0"] + out - batch["x1"]).square().mean()
         assert torch.equal(stage.loss(stage.network, batch), wanted)  # untrained, the control adds nothing
+
+
+def test_pairs_control_their_own_pictures_from_their_own_noise(one_step: Bundle) -> None:
+    pairs = drawn_pairs(one_step)
+    spec = msgspec.structs.replace(SPEC, empty_prompts=0.0)
+    stage = control_stage(
+        spec, one_step, build_control(one_step), from_pairs(PairReader([6], lambda _: pairs), one_step)
+    )
+    batch = stage.batch(Draw(0, 0))
+    for i in range(4):
+        row = next(j for j in range(6) if torch.equal(batch["x1"][i], pairs.x1[j].float()))
+        torch.testing.assert_close(batch["x0"][i], noise([pairs.seeds[row]], one_step.latent_shape())[0])
+        torch.testing.assert_close(batch["states"][i], one_step.encode([pairs.prompts[row]])[0], atol=1e-3, rtol=0)
+        wanted = control_picture("edges", one_step.decode(pairs.x1[row : row + 1].float())[0])
+        assert torch.equal(batch["control"][i], torch.from_numpy(wanted).permute(2, 0, 1).float() / 255)
+
+
+@pytest.mark.parametrize("kind", ["edges", "inpaint"])
+@pytest.mark.parametrize("of_pairs", [False, True])
+def test_the_parts_of_several_processes_are_the_batch_of_one(
+    one_step: Bundle, pictures: list[Picture], kind: str, of_pairs: bool
+) -> None:
+    pairs = drawn_pairs(one_step)
+    learnt = from_pairs(PairReader([6], lambda _: pairs), one_step) if of_pairs else source(one_step, pictures)
+    spec = msgspec.structs.replace(SPEC, control=kind)  # type: ignore[arg-type]
+    stage = control_stage(spec, one_step, build_control(one_step), learnt)
+    whole = stage.batch(Draw(0, 1))
+    for rank in range(2):
+        for key, value in stage.batch(Draw(0, 1, part=(rank, 2))).items():
+            # a few more pictures at once round otherwise, which can move an edge
+            apart = (value - whole[key][rank::2]).abs()
+            assert apart.mean() < 1e-3, key
 
 
 def test_the_files_come_back_and_another_base_is_refused(one_step: Bundle, own: object, tmp_path: Path) -> None:

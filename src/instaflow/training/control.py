@@ -1,12 +1,12 @@
 """Stage: a ControlNet for a one-step model, by distillation's loss at t = 0: min E |X₁ − X₀ − v(X₀, 0 | T, c)|².
 
-X₁ are latents of real pictures, X₀ any noise, c what controls a drawing of that picture. The model alone cannot tell
-which X₁ is meant by X₀; the control can, so what the branch learns is to follow it.
+X₁ are latents of real pictures and X₀ any noise, or both are a pair's; c is what controls a drawing of that picture.
+The model alone cannot tell which X₁ is meant by any X₀; the control can, so what the branch learns is to follow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,48 +17,70 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from instaflow.data.controls import control_picture
+from instaflow.data.pairs import PairReader
 from instaflow.data.pictures import Picture
 from instaflow.images import save_grid
 from instaflow.models.bundle import Bundle
 from instaflow.models.control import ControlledUNet
-from instaflow.models.sampling import one_step
+from instaflow.models.sampling import noise, one_step
 from instaflow.recipe import Control
 from instaflow.training.batches import TextCache
 from instaflow.training.trainer import Batch, Draw, Stage
 
+Drawn = tuple[list[str], Tensor, Tensor, Sequence[np.ndarray]]  # captions, X₁, X₀, and X₁'s pixels
+Source = Callable[[Draw, int], Drawn]
 
-def control_stage(
-    spec: Control, bundle: Bundle, branch: ControlNetModel, pictures: Sequence[Picture], latents: Tensor
-) -> Stage:
+
+def from_pictures(pictures: Sequence[Picture], latents: Tensor, size: int) -> Source:
+    """Captioned pictures of `size` pixels and their latents (N, C, h, w), each beside any noise."""
+
+    def some(draw: Draw, count: int) -> Drawn:
+        chosen = draw.indices(len(pictures), count)
+        captions = [pictures[i].caption(draw.python) for i in chosen]
+        x0, own = draw.normal(count, *latents.shape[1:]), draw.own(chosen)
+        return draw.own(captions), latents[own], draw.own(x0), [pictures[i].pixels(size) for i in own]
+
+    return some
+
+
+def from_pairs(pairs: PairReader, bundle: Bundle) -> Source:
+    """Pairs, each beside the noise that it was drawn from."""
+
+    def some(draw: Draw, count: int) -> Drawn:
+        chosen = pairs.batch(draw.seed, draw.step, count, draw.part)
+        x1 = chosen.x1.float()
+        with torch.inference_mode():
+            pixels = bundle.decode(x1.to(bundle.device))
+        return chosen.prompts, x1, noise(chosen.seeds, x1.shape[1:]), pixels
+
+    return some
+
+
+def control_stage(spec: Control, bundle: Bundle, branch: ControlNetModel, source: Source) -> Stage:
     """The control's batches and loss.
 
     Args:
         spec: the stage's recipe.
         bundle: the one-step model; it is not trained.
         branch: the ControlNet that is.
-        pictures: captioned pictures.
-        latents: theirs, (N, C, h, w).
+        source: what it learns from.
     """
     encode, size, count = TextCache(bundle.encode), bundle.card.image_size, spec.train.batch_size
-    fixed = None if spec.control == "inpaint" else [control_picture(spec.control, p.pixels(size)) for p in pictures]
 
-    def control(i: int, draw: Draw) -> np.ndarray:
-        if fixed is not None:
-            return fixed[i]
+    def hole(draw: Draw) -> tuple[int, int, int, int]:
         top, left = (draw.python.randrange(size // 2) for _ in range(2))
         bottom, right = (start + draw.python.randrange(size // 4, size // 2 + 1) for start in (top, left))
-        return control_picture("inpaint", pictures[i].pixels(size), (top, left, bottom, right))
+        return top, left, bottom, right
 
     def batch(draw: Draw) -> Batch:
-        chosen = draw.indices(len(pictures), count)
-        captions = [pictures[i].caption(draw.python) for i in chosen]
-        captions = ["" if draw.python.random() < spec.empty_prompts else c for c in captions]
-        x0 = draw.normal(count, *latents.shape[1:])
-        seen = np.stack(draw.own([control(i, draw) for i in chosen]))  # type: ignore[type-var]
+        captions, x1, x0, pixels = source(draw, count)
+        dropped = draw.own([draw.python.random() < spec.empty_prompts for _ in range(count)])
+        holes = draw.own([hole(draw) for _ in range(count)])  # for inpaint alone
+        seen = np.stack([control_picture(spec.control, p, where) for p, where in zip(pixels, holes, strict=True)])
         return {
-            "x1": latents[draw.own(chosen)],
-            "x0": draw.own(x0),
-            "states": encode(draw.own(captions)),
+            "x1": x1,
+            "x0": x0,
+            "states": encode(["" if drop else c for c, drop in zip(captions, dropped, strict=True)]),
             "control": torch.from_numpy(seen).permute(0, 3, 1, 2).float() / 255,
         }
 

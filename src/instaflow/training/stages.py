@@ -21,7 +21,7 @@ from instaflow.models.networks import build_scheduler, build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Autoencoder, Control, Decoder, Distil, Pairs, Personalise, Reflow, Stage, Teacher
 from instaflow.training.autoencoder import autoencoder_stage, encode_all, finish
-from instaflow.training.control import control_stage
+from instaflow.training.control import control_stage, from_pairs, from_pictures
 from instaflow.training.decoder import decoder_stage
 from instaflow.training.distil import distil_stage
 from instaflow.training.pairs import draw_pairs, draw_prompts, drop_prompts
@@ -95,29 +95,29 @@ def _control(run: Run, stage: Control, folder: Path) -> None:
     bundle, source = run.bundle(stage.model), run.output(stage.model)
     if bundle.card.kind != "one-step":
         raise RecipeError(f"{stage.name}: {stage.model} is a {bundle.card.kind} model; control wants a one-step one")
-    if bundle.card.image_size != run.recipe.data.size:
-        raise DataError(f"the data's pictures are {run.recipe.data.size} px, the model's {bundle.card.image_size}")
     base = bundle_hash(source)
     torch.manual_seed(run.recipe.seed)  # the layers that read the picture start at random
     if stage.init:
         branch = load_control(find_control(stage.init), bundle, base).requires_grad_(True)
     else:
         branch = build_control(bundle, middle_attention=stage.middle_attention)
-    pictures = run.training_pictures  # of any hand: more shapes to follow
-    latents = encode_all(bundle.vae, pictures, run.recipe.data.size)
-    built = control_stage(stage, bundle, branch, pictures, latents)
+    if stage.pairs:
+        _check_shape(run, stage, bundle)
+        learnt, lineage = from_pairs(open_pairs(run.output(stage.pairs)), bundle), _descent(run, stage)
+    else:
+        size, pictures = run.recipe.data.size, run.training_pictures  # of any hand: more shapes to follow
+        if bundle.card.image_size != size:
+            raise DataError(f"the data's pictures are {size} px, the model's {bundle.card.image_size}")
+        learnt = from_pictures(pictures, encode_all(bundle.vae, pictures, size), size)
+        lineage = run.lineage(stage, parent=base, data=content_hash(pictures))
+    built = control_stage(stage, bundle, branch, learnt)
     network: Any = train(built, stage.train, folder, seed=run.recipe.seed, name=stage.name)
     if run.processes.is_main_process:
-        card = ControlCard(
-            kind=stage.control,
-            base=bundle.card.name,
-            base_hash=base,
-            lineage=run.lineage(stage, parent=base, data=content_hash(pictures)),
-        )
+        card = ControlCard(kind=stage.control, base=bundle.card.name, base_hash=base, lineage=lineage)
         save_control(network.control, card, run.output(stage.name))
 
 
-def _check_shape(run: Run, stage: Reflow | Distil | Decoder, bundle: Bundle) -> None:
+def _check_shape(run: Run, stage: Reflow | Distil | Decoder | Control, bundle: Bundle) -> None:
     shape = read_manifest(run.output(stage.pairs)).shape
     if shape != bundle.latent_shape():
         raise DataError(f"{stage.pairs} has latents {shape}, the model {bundle.latent_shape()}")
@@ -214,7 +214,7 @@ def _personalise(run: Run, stage: Personalise, folder: Path) -> None:
         bundle.save(run.output(stage.name))
 
 
-def _descent(run: Run, stage: Reflow | Distil) -> dict[str, Any]:
+def _descent(run: Run, stage: Reflow | Distil | Control) -> dict[str, Any]:
     manifest = msgspec.to_builtins(read_manifest(run.output(stage.pairs)))
     return run.lineage(stage, parent=bundle_hash(run.output(stage.model)), pairs=manifest)
 
