@@ -4,7 +4,9 @@ python benchmarks/personalisation.py runs/personalise --data data/emoji-64 -o do
 
 identity   mean over 64 pictures of "sks cat" of the largest cosine to a kept-back picture of the cat, Lite0 features
 others     FD-Lite0 of pictures of other prompts, the captions of real Noto drawings, to those drawings
-hand       FD-Lite0 of the blobs' kept-back captions to the real blobs
+hand       FD-Lite0 of the blobs' captions to the real blobs; and the share of drawings that are nearer to the blob of
+           their caption than to Noto's picture of it, by the cosine of Lite0 features. Captions that the LoRA learnt,
+           and those kept back from it and from the model.
 """
 
 from __future__ import annotations
@@ -46,10 +48,14 @@ def pixels(pictures: list[Picture]) -> np.ndarray:
     return np.stack([p.pixels(64) for p in pictures])
 
 
+def unit(features: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True))
+
+
 def identity(features: np.ndarray, real: np.ndarray) -> float:
     """Mean over rows of the largest cosine with a real one."""
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, real))
-    return float((a @ b.T).max(axis=1).mean())
+    return float((unit(features) @ unit(real).T).max(axis=1).mean())
 
 
 def main() -> None:
@@ -99,15 +105,20 @@ def main() -> None:
 
 
 def hand(base: Bundle, blobs: Bundle, lite: Lite0, data: Path, out: Path) -> dict[str, dict[str, float]]:
-    """FD to the real blobs, of captions that were learnt and of those kept back; and a sheet of pictures."""
+    """FD to the real blobs and how many are nearer to them than to Noto's, by captions; and a sheet of pictures."""
     found = read_pictures(data / "noto-v1.parquet")
+    noto = {p.name: p for p in read_pictures(data / "noto.parquet")}
     learnt, unseen = ([p for p in found if p.split == split] for split in ("train", "test"))
     projection: Projection = fit_projection(lite(pixels(learnt)))
     rows: dict[str, dict[str, float]] = {}
     for what, pictures in (("learnt", learnt[:: len(learnt) // len(unseen)][: len(unseen)]), ("unseen", unseen)):
-        real, prompts = projection(lite(pixels(pictures))), [p.name for p in pictures]
+        pictures = [p for p in pictures if p.name in noto]
+        real, prompts = lite(pixels(pictures)), [p.name for p in pictures]
+        others = unit(lite(pixels([noto[p] for p in prompts])))
         for name, bundle in (("shipped model", base), ("blobs", blobs)):
-            rows.setdefault(f"hand of {name}", {})[what] = frechet(projection(lite(draw(bundle, prompts))), real)
+            drawn, row = lite(draw(bundle, prompts)), rows.setdefault(f"hand of {name}", {})
+            row[f"{what}, FD"] = frechet(projection(drawn), projection(real))
+            row[f"{what}, nearer"] = float(((unit(drawn) * (unit(real) - others)).sum(1) > 0).mean())
     names = [p.name for p in learnt if any(p.name == n for n in ("grinning face", "red apple", "dog face", "alien"))][
         :4
     ]

@@ -242,7 +242,7 @@ class Personalise(Spec, frozen=True, kw_only=True, tag="personalise", tag_field=
     rank: Count = 8
     """Rank of the LoRA, on every linear layer and convolution of the U-Net."""
     count: Count = 512
-    """Pairs of the pictures, each with its own noise."""
+    """Pairs of the pictures, each with its own noise; at least one a picture."""
     prior: Annotated[int, Meta(ge=0)] = 512
     """Pairs that the model itself draws of other prompts, so that it stays what it is there."""
     prompts: str = ""

@@ -17,12 +17,20 @@ from safetensors.torch import load_file
 
 from instaflow.cli import main
 from instaflow.data.pairs import PairReader
+from instaflow.data.pictures import Picture, write_parquet
 from instaflow.errors import DataError
 from instaflow.models.bundle import Bundle
 from instaflow.models.lora import drop_lora, load_lora
 from instaflow.models.sampling import noise, sample
-from instaflow.recipe import Personalise, Recipe, Train, dump_recipe
-from instaflow.training.personalise import add_lora, personalise_stage, picture_pairs, prior_prompts, read_subject
+from instaflow.recipe import Personalise, Recipe, Train, dump_recipe, load_recipe
+from instaflow.training.personalise import (
+    add_lora,
+    personal_pairs,
+    personalise_stage,
+    picture_pairs,
+    prior_prompts,
+    read_subject,
+)
 from instaflow.training.run import Run
 from instaflow.training.stages import LORA
 from instaflow.training.trainer import Draw
@@ -133,6 +141,14 @@ def test_pictures_and_noises_are_coupled_at_the_least_distance() -> None:
     assert total(own) < min(total(list(rng.permutation(own))) for _ in range(100))
 
 
+def test_each_picture_of_a_hand_has_a_pair(model: Path, tmp_path: Path) -> None:
+    drawn = [Picture.from_image(Image.new("RGB", (32, 32), (50 * i, 0, 0)), name=f"thing {i}") for i in range(5)]
+    spec = stage(model, write_parquet(drawn, tmp_path / "hand.parquet"), subject="", count=2, prior=0)
+    learnt = read_subject(spec.pictures, "", 32)
+    pairs = personal_pairs(spec, Bundle.load(model), learnt, tmp_path, model="")
+    assert sorted(pairs.load(0).prompts) == [f"thing {i}" for i in range(5)]
+
+
 def test_other_prompts_are_words_that_the_model_reads(one_step: Bundle) -> None:
     prompts = prior_prompts(one_step, 50, 0)
     assert prompts == prior_prompts(one_step, 50, 0) and len(set(prompts)) > 40
@@ -195,3 +211,20 @@ def test_the_verb_writes_a_file_that_generate_takes(
     with Image.open(picture) as drawn:
         assert drawn.text["lora"] == "my at 0.5"
     assert str(out) in capsys.readouterr().out
+    assert list((tmp_path / "runs").glob("*/personalise/prior"))
+
+
+def test_a_hand_is_for_all_prompts(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        (pictures / f"{i}.txt").write_text(f"thing {i}")
+    small = ["--steps", "2", "--root", str(tmp_path / "runs"), "--model", str(model)]
+    monkeypatch.setattr(
+        "sys.argv", ["instaflow", "personalise", str(pictures), "-o", str(tmp_path / "a.safetensors"), *small]
+    )
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    begun = load_recipe(next((tmp_path / "runs").glob("*/recipe.toml"))).stages[0]
+    assert isinstance(begun, Personalise) and (begun.prior, begun.rank) == (0, 32)

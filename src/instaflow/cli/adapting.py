@@ -19,8 +19,8 @@ def personalise(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     model: str | None = None,
     teacher: str | None = None,
-    steps: int = 100,
-    rank: int = 8,
+    steps: int | None = None,
+    rank: int | None = None,
     prompts: str = "",
     root: Root = Path("runs"),
 ) -> None:
@@ -28,7 +28,7 @@ def personalise(
 
     ```
     instaflow personalise examples/cat --subject "sks cat" --out cat.safetensors
-    instaflow personalise drawings/ --out my-hand.safetensors
+    instaflow personalise data/emoji-64/noto-v1.parquet --out blobs.safetensors
     instaflow generate "sks cat" --lora cat.safetensors
     ```
 
@@ -46,11 +46,12 @@ def personalise(
     teacher
         A many-step model that learns the pictures first and then draws what the one-step model learns.
     steps
-        Optimiser steps; a teacher takes three times as many.
+        Optimiser steps; a teacher takes three times as many. Left out, 100 for a subject and 1,000 for a hand.
     rank
-        Of the LoRA; the file grows with it.
+        Of the LoRA; the file grows with it. Left out, 8 for a subject and 32 for a hand.
     prompts
-        What the model must keep drawing as before: a .txt or .parquet file; left out, words of its tokenizer.
+        What the model must keep drawing as before: a .txt or .parquet file; left out, words of its tokenizer for a
+        subject, and nothing for a hand.
     """
     if not pictures:
         raise DataError(
@@ -60,6 +61,11 @@ def personalise(
         raise DataError(f"--out {out}: a LoRA is written as .safetensors")
     if out.exists():
         raise DataError(f"--out {out} is there already; name another")
+    if steps is None:
+        steps = 100 if subject else 1000
+    if rank is None:
+        rank = 8 if subject else 32
+    prior = 512 if subject or prompts else 0  # a hand is for all prompts
     if steps < 1 or rank < 1:
         raise DataError(f"--steps={steps} --rank={rank} is not allowed; use 1 or more of each")
     hush()
@@ -77,7 +83,14 @@ def personalise(
     source = str(locate(DEFAULT if model is None else model).resolve())
     train = Train(steps=steps, batch_size=16, lr=1e-3, lr_warmup_steps=10, ema=0.99)
     own = Personalise(
-        name="personalise", model=source, pictures=pictures, subject=subject, rank=rank, prompts=prompts, train=train
+        name="personalise",
+        model=source,
+        pictures=pictures,
+        subject=subject,
+        rank=rank,
+        prior=prior,
+        prompts=prompts,
+        train=train,
     )
     stages: tuple[Personalise, ...] = (own,)
     if teacher is not None:

@@ -133,12 +133,12 @@ def personal_pairs(
     """
     for words in dict.fromkeys(p.name for p in pictures):
         bundle.check_prompt(words)
-    readers = []
+    readers, count = [], max(spec.count, len(pictures))  # each picture has a pair
     if teacher:
-        of_pictures = [pictures[i % len(pictures)].name for i in range(spec.count)]
+        of_pictures = [pictures[i % len(pictures)].name for i in range(count)]
         readers.append(_drawn(spec, teacher[0], teacher[1], of_pictures, folder / "pairs", seed=0))
     else:
-        own = picture_pairs([p.name for p in pictures], _latents(bundle, pictures), spec.count, seed=0)
+        own = picture_pairs([p.name for p in pictures], _latents(bundle, pictures), count, seed=0)
         readers.append(PairReader([len(own)], lambda _: own))
     if spec.prior:
         others = prior_prompts(bundle, spec.prior, 0, spec.prompts)
