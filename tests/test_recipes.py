@@ -157,7 +157,7 @@ def test_the_recipe_of_personalisation(tiny: Bundle, one_step: Bundle, tmp_path:
     )
     run = carry_out(msgspec.structs.replace(recipe, stages=stages), tmp_path)
     kinds = {s.name: read_card(run.output(s.name)).kind for s in stages}
-    assert {k for k, v in kinds.items() if v == "teacher"} == {"teacher", "blobs-teacher"}
+    assert {k for k, v in kinds.items() if v == "teacher"} == {"teacher"}
     assert {k for k, v in kinds.items() if v == "one-step"} == {
         "subject",
         "subject-l2",

@@ -19,15 +19,16 @@ from instaflow.data.pictures import Picture
 from instaflow.errors import BundleError, PromptError, RecipeError
 from instaflow.generate import InstaFlow
 from instaflow.models.bundle import Bundle
-from instaflow.models.card import ControlCard
+from instaflow.models.card import ControlCard, read_control_card
 from instaflow.models.control import build_control, controlled, load_control, save_control
 from instaflow.models.networks import encode_pictures, to_tensor
 from instaflow.models.request import Control, read_image
 from instaflow.models.sampling import integrate, noise
 from instaflow.recipe import Control as Spec
-from instaflow.recipe import Data, Recipe, Train
+from instaflow.recipe import Data, Pairs, Recipe, Train
 from instaflow.runtime.pytorch import TorchEngine
 from instaflow.training.control import Source, control_stage, from_pairs, from_pictures
+from instaflow.training.pairs import draw_pairs
 from instaflow.training.run import Run
 from instaflow.training.trainer import Draw, train
 
@@ -188,6 +189,17 @@ def test_pairs_control_their_own_pictures_from_their_own_noise(one_step: Bundle)
         torch.testing.assert_close(batch["states"][i], one_step.encode([pairs.prompts[row]])[0], atol=1e-3, rtol=0)
         wanted = control_picture("edges", one_step.decode(pairs.x1[row : row + 1].float())[0])
         assert torch.equal(batch["control"][i], torch.from_numpy(wanted).permute(2, 0, 1).float() / 255)
+
+
+def test_a_control_is_learnt_from_pairs_without_pictures(one_step: Bundle, tmp_path: Path) -> None:
+    model, drawing = str(one_step.save(tmp_path / "model")), Pairs(name="p", model="m", count=4, steps=1, guidance=1.0)
+    draw_pairs(drawing, one_step, ["a red apple"] * 4, tmp_path / "pairs", teacher="abc")
+    few = msgspec.structs.replace(SPEC.train, steps=2)
+    spec = msgspec.structs.replace(SPEC, model=model, pairs=str(tmp_path / "pairs"), train=few)
+    run = Run(Recipe(name="r", data=Data(source="nowhere"), stages=(spec,)), tmp_path / "runs", cache=tmp_path)
+    run.run(lambda *_: None)
+    card = read_control_card(run.output("edges"))
+    assert card and card.lineage["pairs"]["teacher"] == "abc" and card.base_hash == card.lineage["parent"]
 
 
 @pytest.mark.parametrize("kind", ["edges", "inpaint"])

@@ -75,7 +75,7 @@ def control_stage(spec: Control, bundle: Bundle, branch: ControlNetModel, source
     def batch(draw: Draw) -> Batch:
         captions, x1, x0, pixels = source(draw, count)
         dropped = draw.own([draw.python.random() < spec.empty_prompts for _ in range(count)])
-        holes = draw.own([hole(draw) for _ in range(count)])  # for inpaint alone
+        holes = draw.own([hole(draw) for _ in range(count)])  # type: ignore[type-var]
         seen = np.stack([control_picture(spec.control, p, where) for p, where in zip(pixels, holes, strict=True)])
         return {
             "x1": x1,
