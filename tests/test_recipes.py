@@ -23,6 +23,7 @@ from instaflow.models.hub import find_control
 from instaflow.models.networks import build_unet, load_minilm
 from instaflow.models.stacked import StackedUNet
 from instaflow.recipe import Data, Evaluate, Pairs, Personalise, Recipe, Teacher, Train, inputs, load_recipe
+from instaflow.training.pairs import draw_pairs
 from instaflow.training.run import Run
 from instaflow.training.stages import LORA
 
@@ -45,7 +46,7 @@ def shrunk(name: str, **names: str) -> Recipe:
         else:
             train = {"steps": 2, "batch_size": 2, "micro_batch_size": min(1, stage.train.micro_batch_size)}
             small = {"train": msgspec.structs.replace(stage.train, **train, preview_every=1000)}
-        for field in ("model", "autoencoder"):
+        for field in ("model", "autoencoder", "pairs"):
             if hasattr(stage, field):
                 small[field] = names.get(getattr(stage, field), getattr(stage, field))
         stages.append(msgspec.structs.replace(stage, **small))
@@ -126,13 +127,20 @@ def test_the_recipes_of_control(tmp_path: Path) -> None:
         for i in range(4)
     ]
     data = Data(source=str(write_parquet(pictures, tmp_path / "data.parquet")), size=64)
-    seen = {}
-    for name in ("control-edges.toml", "controls.toml"):
-        recipe = shrunk(name, **{"src/instaflow/default": str(DEFAULT)})
+    bundle, drawn, seen = Bundle.load(DEFAULT), tmp_path / "pairs", {}
+    few = Pairs(name="pairs", model="m", count=4, steps=1, guidance=1.0)
+    draw_pairs(few, bundle, ["a red apple"] * 4, drawn, teacher="abc")
+    names = {"src/instaflow/default": str(DEFAULT), "runs/findings/pairs/pairs": str(drawn)}
+    for name in ("control-pairs.toml", "control-edges.toml", "controls.toml"):
+        recipe = shrunk(name, **names)
         run = carry_out(msgspec.structs.replace(recipe, data=data), tmp_path)
         seen |= {s.name: read_control_card(run.output(s.name)) for s in recipe.stages}
-    assert {k: c.kind for k, c in seen.items() if c} == {k: k for k in ("edges", "scribble", "colours", "inpaint")}
-    shipped, bundle = load_file(find_control("edges") / WEIGHTS), Bundle.load(DEFAULT)
+    kinds = {k: k for k in ("edges", "scribble", "colours", "inpaint")} | dict.fromkeys(
+        ("by-pairs", "by-pictures"), "edges"
+    )
+    assert {k: c.kind for k, c in seen.items() if c} == kinds
+    assert {k: "pairs" in c.lineage for k, c in seen.items() if c} == {k: k == "by-pairs" for k in kinds}
+    shipped = load_file(find_control("edges") / WEIGHTS)
     begun = load_file(run.output("scribble") / WEIGHTS)  # two steps from the control that comes with the model
     assert max((begun[k].float() - v.float()).abs().max() for k, v in shipped.items()) < 0.01
     load_control(run.output("colours"), bundle, bundle_hash(DEFAULT))

@@ -257,7 +257,7 @@ class Control(Spec, frozen=True, kw_only=True, tag="control", tag_field="kind"):
     model: str
     """The one-step model that it controls."""
     pairs: str = ""
-    """Pairs whose pictures it learns, each beside its own noise; '' takes the data's pictures, beside any noise."""
+    """Pairs whose pictures it learns, beside any noise; '' takes the data's pictures."""
     control: ControlKind = "edges"
     """What its pictures show of a drawing."""
     init: str = ""

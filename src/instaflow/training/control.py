@@ -1,7 +1,7 @@
 """Stage: a ControlNet for a one-step model, by distillation's loss at t = 0: min E |X₁ − X₀ − v(X₀, 0 | T, c)|².
 
-X₁ are latents of real pictures and X₀ any noise, or both are a pair's; c is what controls a drawing of that picture.
-The model alone cannot tell which X₁ is meant by any X₀; the control can, so what the branch learns is to follow it.
+X₁ are a teacher's latents, of pairs, or real pictures'; X₀ is any noise, c what controls a drawing of that picture. The
+model alone cannot tell which X₁ is meant by X₀; the control can, so what the branch learns is to follow it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from instaflow.data.pictures import Picture
 from instaflow.images import save_grid
 from instaflow.models.bundle import Bundle
 from instaflow.models.control import ControlledUNet
-from instaflow.models.sampling import noise, one_step
+from instaflow.models.sampling import one_step
 from instaflow.recipe import Control
 from instaflow.training.batches import TextCache
 from instaflow.training.trainer import Batch, Draw, Stage
@@ -44,14 +44,14 @@ def from_pictures(pictures: Sequence[Picture], latents: Tensor, size: int) -> So
 
 
 def from_pairs(pairs: PairReader, bundle: Bundle) -> Source:
-    """Pairs, each beside the noise that it was drawn from."""
+    """What pairs' latents show, each beside any noise: beside its own, the model knows X₁ without the control."""
 
     def some(draw: Draw, count: int) -> Drawn:
         chosen = pairs.batch(draw.seed, draw.step, count, draw.part)
         x1 = chosen.x1.float()
         with torch.inference_mode():
             pixels = bundle.decode(x1.to(bundle.device))
-        return chosen.prompts, x1, noise(chosen.seeds, x1.shape[1:]), pixels
+        return chosen.prompts, x1, draw.own(draw.normal(count, *x1.shape[1:])), pixels
 
     return some
 
