@@ -106,25 +106,25 @@ def main() -> None:
 
 def hand(base: Bundle, blobs: Bundle, lite: Lite0, data: Path, out: Path) -> dict[str, dict[str, float]]:
     """FD to the real blobs and how many are nearer to them than to Noto's, by captions; and a sheet of pictures."""
-    found = read_pictures(data / "noto-v1.parquet")
     noto = {p.name: p for p in read_pictures(data / "noto.parquet")}
+    found = [p for p in read_pictures(data / "noto-v1.parquet") if p.name in noto]
     learnt, unseen = ([p for p in found if p.split == split] for split in ("train", "test"))
     projection: Projection = fit_projection(lite(pixels(learnt)))
     rows: dict[str, dict[str, float]] = {}
     for what, pictures in (("learnt", learnt[:: len(learnt) // len(unseen)][: len(unseen)]), ("unseen", unseen)):
-        pictures = [p for p in pictures if p.name in noto]
         real, prompts = lite(pixels(pictures)), [p.name for p in pictures]
         others = unit(lite(pixels([noto[p] for p in prompts])))
         for name, bundle in (("shipped model", base), ("blobs", blobs)):
             drawn, row = lite(draw(bundle, prompts)), rows.setdefault(f"hand of {name}", {})
             row[f"{what}, FD"] = frechet(projection(drawn), projection(real))
             row[f"{what}, nearer"] = float(((unit(drawn) * (unit(real) - others)).sum(1) > 0).mean())
-    names = [p.name for p in learnt if any(p.name == n for n in ("grinning face", "red apple", "dog face", "alien"))][
-        :4
-    ]
-    names += [p.name for p in unseen[:: len(unseen) // 4]][:4]
+    # at equal distances: captions learnt, kept back, and of Noto's pictures that have no blob
     by_name = {p.name: p for p in found}
-    sheet = [pixels([by_name[n] for n in names]), draw(base, names), draw(blobs, names)]
+    new = [p for p in noto.values() if p.split == "train" and p.name not in by_name]
+    names = [p.name for part, n in ((learnt, 6), (unseen, 3), (new, 3)) for p in part[:: len(part) // n][:n]]
+    white = np.full_like(pixels(learnt[:1])[0], 255)
+    own = np.stack([pixels([by_name[n]])[0] if n in by_name else white for n in names])
+    sheet = [own, pixels([noto[n] for n in names]), draw(base, names), draw(blobs, names)]
     save_grid(np.concatenate(sheet), out / "personalise-hand.png", columns=len(names))
     print(names)
     return rows

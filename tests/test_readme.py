@@ -23,6 +23,9 @@ SHRUNK = {  # what would take hours, or minutes more than it tells
     'instaflow personalise examples/cat --subject "sks cat" --out cat.safetensors': (
         'instaflow personalise examples/cat --subject "sks cat" --out cat.safetensors --steps 2'
     ),
+    "instaflow personalise data/emoji-64/noto-v1.parquet --out blobs.safetensors": (
+        "instaflow personalise data/emoji-64/streamline.parquet --out blobs.safetensors --steps 2"
+    ),
     "instaflow bench": "instaflow bench --runs 2 --cold-runs 1",
     "instaflow prune runs/smoke/one-step/bundle --target 0.25 --pairs runs/smoke/pairs/pairs --out small/": (
         "instaflow prune runs/smoke/one-step/bundle --target 0.1 --pairs runs/smoke/pairs/pairs --out small/ "
