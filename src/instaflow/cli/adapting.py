@@ -89,7 +89,7 @@ def personalise(
         subject=subject,
         perceptual_weight=0.5 if subject else 5.0,
         rank=rank,
-        count=512 if subject else 4096,
+        count=512 if subject or teacher else 4096,
         prior=prior,
         prompts=prompts,
         train=train,
