@@ -65,7 +65,6 @@ def personalise(
         steps = 100 if subject else 1000
     if rank is None:
         rank = 8 if subject else 32
-    prior = 512 if subject or prompts else 0  # a hand is for all prompts
     if steps < 1 or rank < 1:
         raise DataError(f"--steps={steps} --rank={rank} is not allowed; use 1 or more of each")
     hush()
@@ -83,17 +82,11 @@ def personalise(
     source = str(locate(DEFAULT if model is None else model).resolve())
     train = Train(steps=steps, batch_size=16, lr=1e-3, lr_warmup_steps=10, ema=0.99)
     own = Personalise(
-        name="personalise",
-        model=source,
-        pictures=pictures,
-        subject=subject,
-        perceptual_weight=0.5 if subject else 5.0,
-        rank=rank,
-        count=512 if subject or teacher else 4096,
-        prior=prior,
-        prompts=prompts,
-        train=train,
+        name="personalise", model=source, pictures=pictures, subject=subject, rank=rank, prompts=prompts, train=train
     )
+    if not subject:  # a hand is for all prompts, and more to learn: recipes/personalise.toml
+        count, prior = own.count if teacher else 4096, own.prior if prompts else 0
+        own = replace(own, perceptual_weight=5.0, count=count, prior=prior)
     stages: tuple[Personalise, ...] = (own,)
     if teacher is not None:
         if read_card(locate(teacher)).kind == "one-step":
